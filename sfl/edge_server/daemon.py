@@ -1,0 +1,106 @@
+"""The edge server as a process: from its settings to a served base, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import torch
+
+from sfl.adapters.layout import LoraSpec
+from sfl.adapters.state import AdapterState
+from sfl.edge_server.engine import EdgeEngine
+from sfl.edge_server.service import SplitService
+from sfl.edge_server.versions import EdgeVersions
+from sfl.edge_server.worker import ORDERS, ComputeWorker
+from sfl.model.cut import EdgeHalf
+from sfl.model.fingerprint import model_fingerprint
+from sfl.model.halves import load_edge_half
+from sfl.model.load import load_config
+from sfl.model.lora import head_state, initial_adapter, inject_lora, resolve_targets
+from sfl.settings import EdgeSettings
+from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
+from sfl.v1 import federation_pb2
+from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
+from sfl.wire.adapters import lora_to_wire
+from sfl.wire.channel import serve
+from sfl.wire.federation import FederationClient
+
+_GRACE_S = 2.0  # for open streams when the server stops
+
+
+def run(settings: EdgeSettings) -> None:
+    """Serve devices until SIGTERM or SIGINT. Raises the `SflError` that keeps the edge from serving."""
+    configure_logging(settings.log_level)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: EdgeSettings) -> None:
+    server, address = serve(settings.listen)  # first, so that a port in use is found before a model is loaded
+    lora = resolve_targets(load_config(settings.model), settings.lora.spec())
+    fingerprint = model_fingerprint(settings.model)
+    federation = await asyncio.to_thread(
+        FederationClient, settings.federation, settings.name, settings.wait_s, settings.give_up_s
+    )
+    worker = ComputeWorker(ORDERS[settings.order])
+    try:
+        await asyncio.to_thread(federation.join, _join_request(settings, lora, fingerprint))
+        agreement = await asyncio.to_thread(federation.agreement, settings.join_wait_s)
+        half, initial = _load(settings, lora, list(agreement.labels))
+        engine = EdgeEngine(half, inject_lora(half, lora), settings.task, lora, fingerprint)
+        with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
+            service = SplitService(
+                engine, worker, EdgeVersions(federation, settings.lowest_cut), federation, metrics, settings.give_up_s
+            )
+            add_SplitTrainingServicer_to_server(service, server)
+            await server.start()
+            log.info("edge server %s listens on %s", settings.name, address)
+            await asyncio.to_thread(federation.propose, _proposal(settings, half), initial)
+            await _told_to_stop()
+            await server.stop(_GRACE_S)
+            metrics.write(
+                "end",
+                steps=service.steps,
+                bytes_received=service.traffic.received + federation.traffic.received,
+                bytes_sent=service.traffic.sent + federation.traffic.sent,
+                peak_rss_mb=round(peak_rss_mb(), 1),
+            )
+    finally:
+        worker.stop()
+        federation.close()
+
+
+def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterState]:
+    """The edge's half of the base, and version 0 as this edge would begin."""
+    half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.dtype, settings.seed)
+    return half, initial_adapter(half.config, settings.task, lora, head_state(half), settings.seed)
+
+
+def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> federation_pb2.JoinRequest:
+    return federation_pb2.JoinRequest(
+        name=settings.name,
+        role=federation_pb2.EDGE,
+        task=settings.task,
+        base_model=settings.model,
+        model_fingerprint=fingerprint,
+        lora=lora_to_wire(lora),
+    )
+
+
+def _proposal(settings: EdgeSettings, half: EdgeHalf) -> federation_pb2.ProposalHeader:
+    return federation_pb2.ProposalHeader(
+        edge=settings.name,
+        blocks=half.family.blocks,
+        head=half.family.head if settings.task == "classification" else (),
+        num_layers=half.config.num_hidden_layers,
+    )
+
+
+async def _told_to_stop() -> None:
+    """SIGTERM or SIGINT. Until the edge serves they end the process as they always do: there is nothing to lose yet."""
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await told.wait()

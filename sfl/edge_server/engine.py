@@ -1,0 +1,170 @@
+"""The edge's side of split training, without a network: one base, a session for each device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sfl.adapters.layout import LoraSpec
+from sfl.adapters.state import AdapterState, edge_half
+from sfl.errors import RefusedError, WireError
+from sfl.model.cut import EdgeHalf, check_cut
+from sfl.model.local_adapter import LocalAdapter
+from sfl.model.lora import AdapterSlots
+from sfl.model.tasks import IGNORED, score
+from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
+
+
+@dataclass
+class Session:
+    """What the edge keeps for one device between two of its requests."""
+
+    request: SessionRequest
+    adapter: LocalAdapter
+    random_state: torch.Tensor  # of the default generator, so that no session's dropout depends on another's steps
+    last_step: int = 0
+    last_result: StepResult | None = None
+    last_submission: str = ""
+    progress: AdapterState | None = None  # of `last_submission`
+
+
+class EdgeEngine:
+    """Trains the edge's half of many devices' adapters over one set of blocks.
+
+    `step` and `evaluate` compute on the shared model and must run one at a time; the rest touches one session only.
+    """
+
+    def __init__(self, half: EdgeHalf, slots: AdapterSlots, task: str, lora: LoraSpec, fingerprint: str) -> None:
+        self.task = task
+        self.hidden_size: int = half.config.hidden_size
+        self.dtype: torch.dtype = half.model.dtype
+        self._half = half
+        self._slots = slots
+        self._lora = lora
+        self._fingerprint = fingerprint
+        self._sessions: dict[str, Session] = {}
+        self._half.eval()
+
+    def check(self, request: SessionRequest) -> None:
+        """Raise `RefusedError` unless the device's half and this edge's are halves of one model and one adapter."""
+        if request.model_fingerprint != self._fingerprint:
+            raise RefusedError(
+                f"the base models differ: fingerprint {request.model_fingerprint[:12]} on {request.device},"
+                f" {self._fingerprint[:12]} at the edge; give both the same model"
+            )
+        if (differing := request.lora.difference(self._lora)) is not None:
+            raise RefusedError(f"the LoRA settings differ between {request.device} and the edge: {differing}")
+        if request.task != self.task:
+            raise RefusedError(f"{request.device} trains for {request.task}, this edge for {self.task}")
+        check_cut(self._half.config, request.cut)
+        if request.cut < self._half.lowest_cut:
+            raise RefusedError(
+                f"cut {request.cut} is below {self._half.lowest_cut}, the lowest that this edge serves: raise the device's"
+                " cut, or lower `lowest_cut`"
+            )
+
+    def resume(self, request: SessionRequest) -> Session | None:
+        """The session of this name if it is known, for a device that reconnects."""
+        session = self._sessions.get(request.device)
+        return session if session is not None and session.request.session == request.session else None
+
+    def open(self, request: SessionRequest, state: AdapterState) -> Session:
+        """Begin a session with global version `request.version`; an earlier session of the device ends.
+
+        `state` holds at least the layers from the cut on. Raises as `check` does, and `AdapterError` when it does not fit.
+        """
+        self.check(request)
+        adapter = LocalAdapter(self._slots, edge_half(state, request.cut), request.cut, request.version, request.optimizer)
+        generator = torch.Generator().manual_seed(request.seed)
+        session = Session(request, adapter, generator.get_state())
+        self._sessions[request.device] = session
+        return session
+
+    def step(self, session: Session, step: int, version: int, batch: CutBatch) -> StepResult:
+        """Forward from the cut, backward to it, one optimiser step. The last step asked again is answered again.
+
+        Raises `WireError` when the version is not the session's, the step not the next one, or a label is none.
+        """
+        self._require_version(session, version)
+        if step == session.last_step and session.last_result is not None:
+            return session.last_result
+        if step != session.last_step + 1:
+            raise WireError(f"step {step} of {session.request.device} came, step {session.last_step + 1} was due")
+        self._require_labels(batch)
+        activation = batch.activation.requires_grad_()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(session.random_state)
+            self._half.train()
+            session.adapter.mount()
+            loss, _ = self._half(activation, batch.attention_mask, batch.labels, session.request.cut)
+            loss.backward()
+            session.random_state = torch.get_rng_state()
+        norms = session.adapter.layer_norms()
+        session.adapter.step()
+        result = StepResult(step, version, loss.item(), norms, _gradient(activation))
+        session.last_step, session.last_result = step, result
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, session: Session, version: int, batch: CutBatch) -> Evaluation:
+        """Loss, and for classification logits, of a batch; nothing is trained. Raises as `step` does."""
+        self._require_version(session, version)
+        self._require_labels(batch)
+        self._half.eval()
+        session.adapter.mount()
+        loss, logits = self._half(batch.activation, batch.attention_mask, batch.labels, session.request.cut)
+        result = score(self.task, loss, logits, batch.labels)
+        mean = result.loss_sum / max(result.count, 1)
+        return Evaluation(mean, result.count, logits.float() if self.task == "classification" else None)
+
+    def take_progress(self, session: Session, submission: str, version: int) -> AdapterState:
+        """What this half of the device's adapter has learnt and not submitted yet; the same again for the same submission.
+
+        Raises `WireError` when the version is not the session's.
+        """
+        self._require_version(session, version)
+        if session.last_submission != submission or session.progress is None:
+            session.progress = session.adapter.take_progress()
+            session.last_submission = submission
+        return session.progress
+
+    def adopt(self, session: Session, version: int, state: AdapterState, keep_progress: bool) -> None:
+        """Go on from global version `version`; asked again for the present one, nothing changes."""
+        if version == session.adapter.version:
+            return
+        if version < session.adapter.version:
+            raise WireError(f"version {version} is older than {session.adapter.version}, which {session.request.device} has")
+        session.adapter.adopt(edge_half(state, session.request.cut), version, keep_progress)
+
+    def close(self, session: Session) -> None:
+        """Forget a session, unless another one of the device has taken its place."""
+        if self._sessions.get(session.request.device) is session:
+            del self._sessions[session.request.device]
+
+    def is_open(self, session: Session) -> bool:
+        """Whether this is still the device's session."""
+        return self._sessions.get(session.request.device) is session
+
+    def _require_version(self, session: Session, version: int) -> None:
+        if version != session.adapter.version:
+            raise WireError(
+                f"{session.request.device} asked with version {version}, its half here stems from version"
+                f" {session.adapter.version}: adopt first"
+            )
+
+    def _require_labels(self, batch: CutBatch) -> None:
+        """A label outside of the classes or the vocabulary would be read out of bounds by the loss."""
+        config = self._half.config
+        if self.task == "classification":
+            lowest, count, what = 0, int(config.num_labels or 0), "class indices"
+        else:
+            lowest, count, what = IGNORED, int(config.vocab_size), "token ids"
+        if int(batch.labels.min()) < lowest or int(batch.labels.max()) >= count:
+            raise WireError(f"labels must be {what} below {count}; some are not")
+
+
+def _gradient(activation: torch.Tensor) -> torch.Tensor:
+    if activation.grad is None:
+        raise WireError("the loss does not depend on the activation: does every label have -100?")
+    return activation.grad

@@ -1,0 +1,202 @@
+"""Split training over gRPC: each stream is one device's session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from sfl.adapters.state import AdapterState
+from sfl.edge_server.engine import EdgeEngine, Session
+from sfl.edge_server.versions import EdgeVersions
+from sfl.edge_server.worker import ComputeWorker
+from sfl.errors import RefusedError, SflError, WireError
+from sfl.telemetry import MetricsWriter, log
+from sfl.v1 import federation_pb2, split_pb2
+from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
+from sfl.v1.split_pb2_grpc import SplitTrainingServicer
+from sfl.wire.channel import HEARTBEAT_S
+from sfl.wire.federation import FederationClient
+from sfl.wire.frames import Assembler, Traffic, frames
+from sfl.wire.split import batch_from_wire, evaluation_to_wire, open_from_wire, step_to_wire
+from sfl.wire.tensors import RawTensor
+
+Answer = tuple[EdgeMessage, list[RawTensor]]
+Result = TypeVar("Result")
+
+
+class SplitService(SplitTrainingServicer):
+    """Takes requests apart, has them computed, and sends the halves of submissions on to the federation server.
+
+    `keep_s` is how long the session of a device that is gone waits for its return.
+    """
+
+    def __init__(
+        self,
+        engine: EdgeEngine,
+        worker: ComputeWorker,
+        versions: EdgeVersions,
+        federation: FederationClient,
+        metrics: MetricsWriter,
+        keep_s: float,
+    ) -> None:
+        self.traffic = Traffic()
+        self.steps = 0
+        self._engine = engine
+        self._worker = worker
+        self._versions = versions
+        self._federation = federation
+        self._metrics = metrics
+        self._keep_s = keep_s
+        self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
+        self._uploads: dict[str, set[asyncio.Task[None]]] = {}
+
+    async def Train(
+        self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
+    ) -> AsyncIterator[EdgeMessage]:
+        """One device's stream, until it closes its session or breaks off."""
+        assembler: Assembler[DeviceMessage] = Assembler(self.traffic)
+        stream = _Stream()
+        try:
+            async for frame in requests:
+                whole = assembler.feed(frame)
+                if whole is None:
+                    continue
+                answer = asyncio.create_task(self._answer(stream, *whole))
+                try:
+                    while not (await asyncio.wait({answer}, timeout=HEARTBEAT_S))[0]:
+                        yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
+                    for reply in frames(*answer.result(), self.traffic):
+                        yield reply
+                finally:
+                    answer.cancel()
+        except WireError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except SflError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        finally:
+            self._detach(stream)
+
+    async def _answer(self, stream: _Stream, message: DeviceMessage, tensors: list[RawTensor]) -> Answer:
+        kind = message.WhichOneof("body")
+        if kind == "open":
+            return await self._open(stream, message.open)
+        session = self._session_of(stream)
+        if kind == "step":
+            return await self._step(session, message.step, tensors)
+        if kind == "evaluate":
+            return await self._evaluate(session, message.evaluate, tensors)
+        if kind == "submit":
+            return self._submit(session, message.submit)
+        if kind == "adopt":
+            return await self._adopt(session, message.adopt)
+        return await self._close(session)
+
+    async def _open(self, stream: _Stream, message: split_pb2.Open) -> Answer:
+        request = open_from_wire(message)
+        session = self._engine.resume(request)
+        if session is None:
+            self._engine.check(request)
+            state = await self._versions.get(request.version)
+            session = self._engine.open(request, state)
+            log.info("%s opened a session at cut %d with version %d", request.device, request.cut, request.version)
+        else:
+            log.info("%s is back after step %d", request.device, session.last_step)
+        stream.session = session
+        self._streams[request.device] = stream
+        return EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step, version=session.adapter.version)), []
+
+    async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
+        batch = batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
+        clock = asyncio.get_running_loop().time
+        arrived = clock()
+        started, result = await self._compute(
+            session, lambda: (clock(), self._engine.step(session, message.step, message.version, batch))
+        )
+        self.steps += 1
+        self._metrics.write(
+            "step",
+            device=session.request.device,
+            step=result.step,
+            version=result.version,
+            loss=result.loss,
+            wall_s=round(clock() - started, 6),
+            queue_s=round(started - arrived, 6),
+        )
+        done, answer = step_to_wire(result)
+        return EdgeMessage(step=done), answer
+
+    async def _evaluate(self, session: Session, message: split_pb2.Evaluate, tensors: list[RawTensor]) -> Answer:
+        batch = batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
+        result = await self._compute(session, lambda: self._engine.evaluate(session, message.version, batch))
+        evaluated, answer = evaluation_to_wire(result)
+        return EdgeMessage(evaluated=evaluated), answer
+
+    def _submit(self, session: Session, message: split_pb2.SubmitHalf) -> Answer:
+        device = session.request.device
+        if message.submission != session.last_submission:
+            progress = self._engine.take_progress(session, message.submission, message.version)
+            upload = asyncio.create_task(self._upload(device, message, progress))
+            pending = self._uploads.setdefault(device, set())
+            pending.add(upload)
+            self._metrics.write("submit", device=device, submission=message.submission, version=message.version)
+        return EdgeMessage(submitted=split_pb2.HalfTaken(submission=message.submission)), []
+
+    async def _upload(self, device: str, message: split_pb2.SubmitHalf, progress: AdapterState) -> None:
+        header = federation_pb2.UpdateHeader(
+            submission=message.submission, device=device, half=federation_pb2.EDGE, version=message.version
+        )
+        await asyncio.to_thread(self._federation.submit, header, progress)
+
+    async def _adopt(self, session: Session, message: split_pb2.Adopt) -> Answer:
+        if message.version != session.adapter.version:
+            state = await self._versions.get(message.version)
+            self._engine.adopt(session, message.version, state, message.keep_progress)
+            self._metrics.write("adopt", device=session.request.device, step=session.last_step, version=message.version)
+        return EdgeMessage(adopted=split_pb2.Adopted(version=message.version)), []
+
+    async def _close(self, session: Session) -> Answer:
+        """Wait until the federation server has this device's halves: only then is the device done."""
+        uploads = self._uploads.pop(session.request.device, set())
+        for outcome in await asyncio.gather(*uploads, return_exceptions=True):
+            if isinstance(outcome, SflError):
+                raise RefusedError(f"a submitted half did not reach the federation server: {outcome}")
+            if isinstance(outcome, BaseException):
+                raise outcome
+        self._engine.close(session)
+        log.info("%s closed its session after step %d", session.request.device, session.last_step)
+        return EdgeMessage(closed=split_pb2.Closed()), []
+
+    async def _compute(self, session: Session, compute: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._worker.submit(session.request.cut, compute))
+
+    def _session_of(self, stream: _Stream) -> Session:
+        session = stream.session
+        if session is None:
+            raise WireError("the first message of a stream must open a session")
+        if self._streams.get(session.request.device) is not stream or not self._engine.is_open(session):
+            raise WireError(f"another stream has taken over the session of {session.request.device}")
+        return session
+
+    def _detach(self, stream: _Stream) -> None:
+        session = stream.session
+        if session is None or self._streams.get(session.request.device) is not stream:
+            return
+        device = session.request.device
+        del self._streams[device]
+        if self._engine.is_open(session):
+            log.warning("%s is gone after step %d; its session is kept for %g s", device, session.last_step, self._keep_s)
+            asyncio.get_running_loop().call_later(self._keep_s, self._forget, session)
+
+    def _forget(self, session: Session) -> None:
+        if session.request.device not in self._streams:
+            self._engine.close(session)
+
+
+class _Stream:
+    """Which session a stream speaks for, once it has opened one."""
+
+    session: Session | None = None

@@ -1,0 +1,61 @@
+"""The federation server as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.service import FederationService
+from sfl.fed_server.versions import VersionStore
+from sfl.settings import FedSettings
+from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
+from sfl.v1.federation_pb2_grpc import add_FederationServicer_to_server
+from sfl.wire.channel import serve
+
+_TICK_S = 1.0
+_GRACE_S = 2.0  # for calls under way when the server stops
+
+
+def run(settings: FedSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `SettingsError` for an address that cannot be bound or labels that cannot be,
+    `AdapterError` when the versions to resume from are damaged."""
+    configure_logging(settings.log_level)
+    with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
+        asyncio.run(_serve(settings, metrics))
+
+
+async def _serve(settings: FedSettings, metrics: MetricsWriter) -> None:
+    store = VersionStore(settings.adapters or settings.out / "adapters")
+    federation = Federation(settings, store, metrics)
+    service = FederationService(federation)
+    server, address = serve(settings.listen)
+    add_FederationServicer_to_server(service, server)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await server.start()
+    log.info("federation server %s listens on %s", settings.name, address)
+    try:
+        while not stop.is_set():
+            federation.tick()
+            await _wait(stop, _TICK_S)
+    finally:
+        await server.stop(_GRACE_S)
+        metrics.write(
+            "end",
+            version=federation.version,
+            aggregations=federation.aggregations,
+            submissions=federation.submissions,
+            bytes_received=service.traffic.received,
+            bytes_sent=service.traffic.sent,
+            peak_rss_mb=round(peak_rss_mb(), 1),
+        )
+        log.info("federation server %s has stopped", settings.name)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return

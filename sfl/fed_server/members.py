@@ -1,0 +1,218 @@
+"""Who takes part: what the members must have in common, and who of them is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sfl.adapters.layout import AdapterLayout, LoraSpec
+from sfl.errors import RefusedError
+from sfl.telemetry import log
+
+Role = Literal["device", "edge"]
+
+
+class UnknownMemberError(RefusedError):
+    """Someone acts who has not joined, perhaps because the server was started anew: joining (again) helps."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device or an edge server, as it joins; what follows `lora` is said by devices only. See federation.proto."""
+
+    name: str
+    role: Role
+    task: str
+    base_model: str
+    model_fingerprint: str
+    lora: LoraSpec
+    cut: int = 0
+    examples: int = 0
+    labels: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    max_length: int = 0
+
+    def describe(self) -> str:
+        return f"edge server '{self.name}'" if self.role == "edge" else f"device '{self.name}' (cut {self.cut})"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all members must have in common, and where it comes from: the first member or an earlier run's adapter."""
+
+    source: str
+    task: str
+    model_fingerprint: str
+    lora: LoraSpec
+
+    def require(self, member: Member) -> None:
+        """Raise `RefusedError` naming the first difference with both values."""
+        who = member.describe()
+        if member.task != self.task:
+            raise RefusedError(f"{who} has task '{member.task}', {self.source} has '{self.task}'")
+        if member.model_fingerprint != self.model_fingerprint:
+            raise RefusedError(
+                f"{who} has another base model than {self.source}: fingerprint {member.model_fingerprint}"
+                f" against {self.model_fingerprint}; give both the same model files"
+            )
+        difference = member.lora.difference(self.lora)
+        if difference is not None:
+            raise RefusedError(f"{who} has other LoRA settings than {self.source}: {difference}")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How devices make texts, the same for all, and where it comes from."""
+
+    source: str
+    columns: tuple[str, ...]
+    max_length: int
+
+    def require(self, member: Member) -> None:
+        """Raise `RefusedError` naming the difference with both values."""
+        for what, mine, theirs in (
+            ("columns", member.columns, self.columns),
+            ("max_length", member.max_length, self.max_length),
+        ):
+            if mine != theirs:
+                raise RefusedError(f"{member.describe()} has {what} {_show(mine)}, {self.source} has {_show(theirs)}")
+
+
+@dataclass
+class _Entry:
+    member: Member
+    seen: float  # clock's seconds
+    watches: int = 0
+    left: bool = False
+
+
+class Roster:
+    """All that have joined. A member is present while it watches and for `away_after_s` after it was last heard of.
+
+    `clock` gives seconds that never go back. A run that resumes gives the `earlier` adapter's layout and its `folder`.
+    """
+
+    def __init__(
+        self,
+        expected: int,
+        away_after_s: float,
+        clock: Callable[[], float],
+        earlier: AdapterLayout | None = None,
+        folder: str = "",
+    ) -> None:
+        self._expected = expected
+        self._away_after_s = away_after_s
+        self._clock = clock
+        self._started = clock()
+        self._entries: dict[str, _Entry] = {}
+        self._common: Common | None = None
+        self._prompts: Prompts | None = None
+        if earlier is not None:
+            source = f"the adapter of an earlier run in {folder}"
+            self._common = Common(source, earlier.task, earlier.model_fingerprint, earlier.lora)
+            self._prompts = Prompts(source, earlier.columns, earlier.max_length)
+
+    def check(self, member: Member) -> None:
+        """Raise `RefusedError` unless `member` can take part; changes nothing."""
+        if not member.name:
+            raise RefusedError("a member must have a name")
+        known = self._entries.get(member.name)
+        if known is not None and known.member != member and self._present(known):
+            raise RefusedError(
+                f"{member.describe()} cannot join: {known.member.describe()} has that name, with other settings or data,"
+                f" and is there; give each its own name, or wait {self._away_after_s:g} s after it has gone"
+            )
+        if self._common is not None:
+            self._common.require(member)
+        if member.role == "device":
+            self._check_device(member)
+
+    def _check_device(self, member: Member) -> None:
+        others = [device.name for device in self.devices() if device.name != member.name]
+        if len(others) >= self._expected:
+            raise RefusedError(
+                f"{member.describe()} cannot join: the {self._expected} expected devices are {', '.join(others)};"
+                " raise `devices` in the federation server's settings"
+            )
+        if member.cut < 1:
+            raise RefusedError(f"{member.describe()} cannot join: the least cut is 1")
+        if member.examples < 1:
+            raise RefusedError(f"{member.describe()} cannot join: it has no training examples")
+        if self._prompts is not None:
+            self._prompts.require(member)
+
+    def add(self, member: Member) -> Member | None:
+        """Take `member`, already checked, or take it back; what was known under its name before, if that differs."""
+        known = self._entries.get(member.name)
+        if self._common is None:
+            self._common = Common(member.describe(), member.task, member.model_fingerprint, member.lora)
+        if self._prompts is None and member.role == "device":
+            self._prompts = Prompts(member.describe(), member.columns, member.max_length)
+        if known is None:
+            self._entries[member.name] = _Entry(member, self._clock())
+            return None
+        before, known.member = known.member, member
+        known.seen, known.left = self._clock(), False
+        return before if before != member else None
+
+    def knows(self, name: str) -> bool:
+        """Whether a member of that name has ever joined."""
+        return name in self._entries
+
+    def get(self, name: str) -> Member:
+        """The member of that name. Raises `UnknownMemberError` when none has joined."""
+        return self._entry(name).member
+
+    def device(self, name: str) -> Member:
+        """The device of that name. Raises `UnknownMemberError`, or `RefusedError` when it is an edge server."""
+        member = self.get(name)
+        if member.role != "device":
+            raise RefusedError(f"'{name}' is an edge server, not a device")
+        return member
+
+    def devices(self) -> list[Member]:
+        """All devices that have ever joined, also those that are away or have left."""
+        return [entry.member for entry in self._entries.values() if entry.member.role == "device"]
+
+    def heard(self, name: str) -> None:
+        """Note that `name` is alive."""
+        self._entry(name).seen = self._clock()
+
+    def watch_begins(self, name: str) -> None:
+        entry = self._entry(name)
+        entry.watches, entry.seen = entry.watches + 1, self._clock()
+
+    def watch_ends(self, name: str) -> None:
+        entry = self._entry(name)
+        entry.watches, entry.seen = entry.watches - 1, self._clock()
+
+    def leave(self, name: str) -> None:
+        """Note that a device is done. Raises as `device` does."""
+        self.device(name)
+        log.info("device '%s' is done", name)
+        self._entry(name).left = True
+
+    def present_devices(self) -> set[str]:
+        """Devices that are there and not done: the ones that a quorum counts."""
+        return {name for name, entry in self._entries.items() if entry.member.role == "device" and self._present(entry)}
+
+    def all_done(self) -> bool:
+        """Whether at least one device has left and every other expected one has left or is away past the grace."""
+        devices = [entry for entry in self._entries.values() if entry.member.role == "device"]
+        if len(devices) < self._expected and self._clock() - self._started <= self._away_after_s:
+            return False
+        return any(entry.left for entry in devices) and not self.present_devices()
+
+    def _present(self, entry: _Entry) -> bool:
+        return not entry.left and (entry.watches > 0 or self._clock() - entry.seen <= self._away_after_s)
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise UnknownMemberError(f"'{name}' has not joined this federation (any more): join again")
+        return entry
+
+
+def _show(value: tuple[str, ...] | int) -> str:
+    return str(value) if isinstance(value, int) else ", ".join(value) or "none"

@@ -1,0 +1,188 @@
+"""The federation behind gRPC: messages to calls of `Federation` and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from sfl.adapters.state import AdapterState
+from sfl.errors import AdapterError, SflError, WireError
+from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.members import Member, Role, UnknownMemberError
+from sfl.fed_server.pool import Half
+from sfl.telemetry import log
+from sfl.v1 import federation_pb2 as pb
+from sfl.v1.federation_pb2_grpc import FederationServicer
+from sfl.v1.split_pb2 import Heartbeat
+from sfl.wire.adapters import from_tensors, lora_from_wire, to_tensors
+from sfl.wire.channel import HEARTBEAT_S
+from sfl.wire.frames import Assembler, Traffic, frames
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_ROLES: dict[pb.Role, Role] = {pb.DEVICE: "device", pb.EDGE: "edge"}
+_MAX_PROPOSAL_BYTES = 2 * 2**30
+
+
+class FederationService(FederationServicer):  # type: ignore[misc]
+    """Answers members, all on one event loop. `traffic` counts the bytes of all frames that carry adapters."""
+
+    def __init__(self, federation: Federation, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self.traffic = Traffic()
+        self._federation = federation
+        self._heartbeat_s = heartbeat_s
+        self._watchers: set[asyncio.Event] = set()
+        federation.on_change = self._wake
+
+    def _wake(self) -> None:
+        for watcher in self._watchers:
+            watcher.set()
+
+    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
+        async with _refusing(context):
+            self._federation.join(member_from_wire(request))
+        return pb.JoinReply()
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> None:
+        """Write events until the federation has finished or the caller is gone."""
+        changed = asyncio.Event()
+        async with _refusing(context):
+            self._federation.watch_begins(request.name)
+            self._watchers.add(changed)
+            try:
+                await self._tell(changed, context)
+            finally:
+                self._watchers.discard(changed)
+                self._federation.watch_ends(request.name)
+
+    async def _tell(self, changed: asyncio.Event, context: Context) -> None:
+        told: list[pb.Event] = []
+        while True:
+            changed.clear()
+            state = list(self._events())
+            for event in state:
+                if event not in told:
+                    await context.write(event)
+            told = state
+            if self._federation.failure is not None:
+                raise self._federation.failure
+            if self._federation.finished:
+                return
+            while not await _happens(changed, self._heartbeat_s):
+                await context.write(pb.Event(heartbeat=Heartbeat()))
+
+    def _events(self) -> Iterator[pb.Event]:
+        """The state as events: what one who has heard nothing yet must hear."""
+        federation = self._federation
+        if federation.agreement is None:
+            yield pb.Event(waiting=pb.Waiting(joined=federation.joined, expected=federation.expected))
+        else:
+            agreement = federation.agreement
+            yield pb.Event(
+                agreement=pb.Agreement(
+                    labels=agreement.labels,
+                    columns=agreement.columns,
+                    max_length=agreement.max_length,
+                    policy=federation.policy(),
+                )
+            )
+        version = federation.version
+        if version is not None:
+            yield pb.Event(published=pb.Published(version=version))
+            if federation.finished:
+                yield pb.Event(finished=pb.Finished(version=version))
+
+    async def Propose(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.ProposeReply:
+        async with _refusing(context):
+            message, state = await self._receive(requests, "proposal", _MAX_PROPOSAL_BYTES)
+            header = message.proposal
+            placement = Placement(header.blocks, tuple(header.head), header.num_layers)
+            accepted = self._federation.propose(header.edge, placement, state)
+        return pb.ProposeReply(accepted=accepted)
+
+    async def Submit(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.SubmitReply:
+        async with _refusing(context):
+            limit = 2 * self._federation.adapter_bytes + 2**20  # room for a wrong half, which gets a better message
+            message, state = await self._receive(requests, "update", limit)
+            duplicate = self._federation.submit(half_from_wire(message.update), state)
+        return pb.SubmitReply(duplicate=duplicate)
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
+        async with _refusing(context):
+            state = self._federation.fetch(request.name, request.version, request.first_layer, request.last_layer)
+            message = pb.AdapterMessage(version=pb.VersionHeader(version=request.version))
+            for frame in frames(message, to_tensors(state), self.traffic):
+                await context.write(frame)
+
+    async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
+        async with _refusing(context):
+            self._federation.leave(request.name)
+        return pb.LeaveReply()
+
+    async def _receive(
+        self, requests: AsyncIterator[pb.AdapterMessage], kind: str, max_bytes: int
+    ) -> tuple[pb.AdapterMessage, AdapterState]:
+        """The one message of a stream. Raises `WireError` when it is of another kind, incomplete or not well-formed."""
+        assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic, max_bytes)
+        async for frame in requests:
+            whole = assembler.feed(frame)
+            if whole is not None:
+                message, tensors = whole
+                if message.WhichOneof("body") != kind:
+                    raise WireError(f"expected a message of kind '{kind}', got '{message.WhichOneof('body')}'")
+                return message, from_tensors(tensors)
+        raise WireError(f"the stream ended before the last byte of '{kind}'")
+
+
+async def _happens(event: asyncio.Event, within_s: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), within_s)
+    except asyncio.TimeoutError:
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def _refusing(context: Context) -> AsyncIterator[None]:
+    """Answer an `SflError` with its message, and a status that says whether trying again may help."""
+    try:
+        yield
+    except UnknownMemberError as error:  # clients join again and try again: see FederationClient
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    except (WireError, AdapterError) as error:
+        log.warning("refused: %s", error)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except SflError as error:
+        log.warning("refused: %s", error)
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+
+def _role(role: pb.Role) -> Role:
+    if role not in _ROLES:
+        raise WireError(f"role {role} is unknown: a member is a device or an edge server")
+    return _ROLES[role]
+
+
+def member_from_wire(request: pb.JoinRequest) -> Member:
+    return Member(
+        name=request.name,
+        role=_role(request.role),
+        task=request.task,
+        base_model=request.base_model,
+        model_fingerprint=request.model_fingerprint,
+        lora=lora_from_wire(request.lora),
+        cut=request.cut,
+        examples=request.examples,
+        labels=tuple(request.labels),
+        columns=tuple(request.columns),
+        max_length=request.max_length,
+    )
+
+
+def half_from_wire(header: pb.UpdateHeader) -> Half:
+    return Half(header.submission, header.device, _role(header.half), header.version, header.examples, header.steps)

@@ -1,0 +1,69 @@
+"""The versions of the global adapter: all of them on disk, the newest in memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sfl.adapters import peft_format
+from sfl.adapters.layout import AdapterLayout
+from sfl.adapters.state import AdapterState
+from sfl.errors import AdapterError
+
+
+class Version(NamedTuple):
+    """A published version. Its arrays must not be changed."""
+
+    number: int
+    state: AdapterState
+    layout: AdapterLayout
+
+
+class VersionStore:
+    """Keeps version N in `folder`/vN, in PEFT's format; resumes from the newest one when there already is any.
+
+    Raises `AdapterError` when that one is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._newest: Version | None = None
+        numbers = _numbers(folder)
+        if numbers:
+            self._newest = Version(max(numbers), *peft_format.read(self._path(max(numbers))))
+
+    def newest(self) -> Version | None:
+        """The newest version, None before the first."""
+        return self._newest
+
+    def publish(self, number: int, state: AdapterState, layout: AdapterLayout) -> None:
+        """Write a version and make it the newest.
+
+        Raises `AdapterError`, and keeps the newest as it was, when it is not the next one, does not fit `layout` or cannot
+        be written.
+        """
+        following = 0 if self._newest is None else self._newest.number + 1
+        if number != following:
+            raise AdapterError(f"version {number} cannot be published: the next one is {following}")
+        peft_format.write(self._path(number), state, layout)
+        self._newest = Version(number, state, layout)
+
+    def load(self, number: int) -> AdapterState:
+        """A version's tensors. Raises `AdapterError` when there is no such version or its files are damaged."""
+        if self._newest is None or not 0 <= number <= self._newest.number:
+            newest = "none is published yet" if self._newest is None else f"the newest is {self._newest.number}"
+            raise AdapterError(f"there is no version {number}: {newest}")
+        if number == self._newest.number:
+            return self._newest.state
+        return peft_format.read(self._path(number))[0]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"v{number}"
+
+
+def _numbers(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    matches = (re.fullmatch(r"v(\d+)", path.name) for path in folder.iterdir())
+    return [int(match[1]) for match in matches if match]

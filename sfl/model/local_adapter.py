@@ -1,0 +1,75 @@
+"""One device's half of an adapter while it trains: its parameters, its optimiser and what it has learnt since."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from sfl.adapters.state import AdapterState, difference, require_same_keys, total
+from sfl.model.lora import AdapterSlots
+from sfl.wire.split import OptimizerSpec
+
+
+class LocalAdapter:
+    """Parameters that stem from global version `version`, trained apart from it until the next one is adopted.
+
+    The device and the edge each hold one for their half, with the same optimiser settings: AdamW and SGD treat every
+    parameter by itself, so two halves step exactly as one whole would.
+    The anchor is where the part of training begins that no submission holds yet: progress = values - anchor.
+    Raises `AdapterError` when `state` is not this half's part of an adapter at `cut`.
+    """
+
+    def __init__(self, slots: AdapterSlots, state: AdapterState, cut: int, version: int, optimizer: OptimizerSpec) -> None:
+        self.version = version
+        self._slots = slots
+        self._parameters = slots.parameters_for(state, cut)
+        self._optimizer = _make_optimizer(list(self._parameters.values()), optimizer)
+        self._anchor = self.values()
+
+    def mount(self) -> None:
+        """Make the half that all share compute with this adapter."""
+        self._slots.mount(self._parameters)
+
+    def values(self) -> AdapterState:
+        """Copies of the present values, float32."""
+        return self._slots.read(self._parameters)
+
+    def layer_norms(self) -> dict[int, float]:
+        """L2 norm of the gradient of each layer's tensors together, as left by the last backward pass."""
+        gradients: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for key, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                gradients[key.layer].append(parameter.grad)
+        return {layer: float(torch.nn.utils.get_total_norm(found)) for layer, found in gradients.items()}
+
+    def step(self) -> None:
+        """One optimiser step from the gradients, which are cleared."""
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def take_progress(self) -> AdapterState:
+        """What was learnt since the last call or adoption; the anchor moves here, so that nothing is taken twice."""
+        values = self.values()
+        progress = difference(values, self._anchor)
+        self._anchor = values
+        return progress
+
+    def adopt(self, state: AdapterState, version: int, keep_progress: bool) -> None:
+        """Go on from a newer global version, plus the progress not taken yet if `keep_progress`. The optimiser's moments stay.
+
+        Raises `AdapterError` when `state` does not have this half's tensors; nothing has changed then.
+        """
+        require_same_keys(state, self._anchor)
+        values = total(state, difference(self.values(), self._anchor)) if keep_progress else state
+        with torch.no_grad():
+            for key, parameter in self._parameters.items():
+                parameter.copy_(torch.from_numpy(values[key]))
+        self._anchor = {key: value.copy() for key, value in state.items()}
+        self.version = version
+
+
+def _make_optimizer(parameters: list[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    if spec.name == "sgd":
+        return torch.optim.SGD(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)

@@ -1,0 +1,151 @@
+"""What each daemon is told: one model per daemon, every setting with its meaning, default and range.
+
+Descriptions become the help texts of the command line (`sfl.cli.load_settings`). Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from sfl.adapters.layout import LoraSpec
+from sfl.data.settings import DataSettings, Task
+
+Dtype = Literal["fp32", "bf16"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+def _check_address(address: str) -> str:
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ValueError("an address is host:port, such as 127.0.0.1:7300 or [::1]:7300")
+    return address
+
+
+def _check_name(name: str) -> str:
+    if not name.strip() or any(character in "/\\" or not character.isprintable() for character in name):
+        raise ValueError("a name is not empty and holds no slash, backslash or control character")
+    return name
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+Name = Annotated[str, AfterValidator(_check_name)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: never changed once read, and no key that is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraSettings(Settings):
+    """The adapter's shape; the same on every device and edge of one federation."""
+
+    rank: int = Field(8, ge=1, description="rank of the LoRA matrices")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; updates are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the LoRA matrices, in training only")
+    target_modules: tuple[str, ...] = Field(
+        (), description="modules inside a block that get LoRA, such as q_proj; empty: peft's default for the model's family"
+    )
+
+    def spec(self) -> LoraSpec:
+        """The same as the plain data that adapters carry."""
+        return LoraSpec(self.rank, self.alpha, self.dropout, self.target_modules)
+
+
+class OptimizerSettings(Settings):
+    """The local optimiser; a device and its edge use the same."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="optimiser of the adapter")
+    learning_rate: float = Field(1e-3, gt=0, description="learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+
+
+class StrategySettings(Settings):
+    """How updates become a new global version, and when devices upload; None: the named strategy's own default."""
+
+    name: Literal["gsfs", "gsfs-printed", "fedavg"] = Field("gsfs", description="strategy")
+    quorum: float = Field(0.6, gt=0, le=1, description="fraction of the devices whose updates make a new version")
+    weights: Literal["frequency", "examples", "both"] | None = Field(
+        None, description="a device's weight: share of submissions, share of examples, or their product"
+    )
+    keep_progress: bool | None = Field(None, description="keep what was learnt and not uploaded when a new version is adopted")
+    final_upload: bool | None = Field(None, description="upload once more after the last step")
+    local_steps: int = Field(10, ge=1, description="steps of a device in a round (fedavg)")
+    round_timeout_s: float = Field(600.0, gt=0, description="seconds after which a round ends without those missing (fedavg)")
+    alpha: float = Field(0.9, gt=0, lt=1, description="smoothing of the gradient norm's moving mean and deviation (gsfs)")
+    beta: float | None = Field(None, ge=0, description="deviations above the mean that make a gradient norm trigger (gsfs)")
+    min_steps: int | None = Field(None, ge=1, description="least number of steps between two uploads of a device (gsfs)")
+    validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
+    threshold: float | None = Field(
+        None, gt=0, description="change of the metric that triggers an upload, as a share of its reference, at the start (gsfs)"
+    )
+    threshold_growth: float | None = Field(None, ge=1, description="factor on the threshold after it triggered (gsfs)")
+    threshold_decay: float | None = Field(None, gt=0, le=1, description="factor on the threshold after it did not trigger (gsfs)")
+    metric: Literal["loss", "accuracy", "f1"] = Field("loss", description="metric of the local validation that is watched (gsfs)")
+
+
+class DaemonSettings(Settings):
+    """What all three daemons are told."""
+
+    name: Name = Field(description="this daemon's name, its own in the federation")
+    out: Path = Field(description="folder for metrics.jsonl")
+    log_level: LogLevel = Field("INFO", description="least severe messages that are logged")
+    wait_s: float = Field(60.0, gt=0, description="seconds to wait for a peer at the start")
+    give_up_s: float = Field(300.0, gt=0, description="seconds to keep trying after a peer is lost")
+
+
+class FedSettings(DaemonSettings):
+    """The federation server."""
+
+    name: Name = Field("fed", description="this daemon's name, its own in the federation")
+    listen: Address = Field("127.0.0.1:7300", description="host:port to serve on")
+    out: Path = Field(Path("out/fed"), description="folder for metrics.jsonl")
+    adapters: Path | None = Field(None, description="folder for the versions of the adapter; by default adapters inside out")
+    devices: int = Field(ge=1, description="number of devices that take part")
+    labels: tuple[str, ...] = Field((), description="labels fixed beforehand; empty: all that the devices have seen")
+    strategy: StrategySettings = Field(default_factory=StrategySettings, description="how updates become versions")
+    half_expires_s: float = Field(600.0, gt=0, description="seconds that half an update waits for its other half")
+    away_after_s: float = Field(60.0, gt=0, description="seconds of silence after which a device is away and not waited for")
+
+
+class WorkerSettings(DaemonSettings):
+    """What devices and edge servers share: the model and where the federation server is."""
+
+    federation: Address = Field("127.0.0.1:7300", description="host:port of the federation server")
+    model: str = Field(min_length=1, description="folder or hub id of the pretrained model")
+    task: Task = Field("classification", description="what the model is trained to do")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter's shape")
+    dtype: Dtype = Field("fp32", description="number format of the base model")
+    join_wait_s: float = Field(600.0, gt=0, description="seconds to wait until all expected devices have joined the federation")
+    threads: int = Field(0, ge=0, description="CPU threads for the model; 0: torch's default")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of what is random")
+
+
+class EdgeSettings(WorkerSettings):
+    """An edge server."""
+
+    name: Name = Field("edge", description="this daemon's name, its own in the federation")
+    listen: Address = Field("127.0.0.1:7301", description="host:port to serve on")
+    out: Path = Field(Path("out/edge"), description="folder for metrics.jsonl")
+    lowest_cut: int = Field(1, ge=1, description="lowest cut layer that devices may use; blocks below it are not kept")
+    order: Literal["arrival", "longest-tail"] = Field(
+        "arrival", description="which waiting step is computed first: the one that came first, or the one with most blocks to do"
+    )
+
+
+class DeviceSettings(WorkerSettings):
+    """A device."""
+
+    edge: Address = Field("127.0.0.1:7301", description="host:port of the edge server")
+    out: Path = Field(Path("out/device"), description="folder for metrics.jsonl")
+    cut: int = Field(1, ge=1, description="cut layer: number of blocks that run on the device")
+    data: DataSettings = Field(description="the device's own data")
+    batch_size: int = Field(8, ge=1, description="examples in a step")
+    max_length: int = Field(64, ge=1, description="tokens after which a text is cut off")
+    steps: int = Field(100, ge=1, description="local optimiser steps")
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="the local optimiser")
+    shuffle: bool = Field(True, description="shuffle the training examples in each epoch; otherwise they keep their order")
+    validation_batches: int = Field(4, ge=1, description="batches in a local validation")

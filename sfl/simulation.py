@@ -1,0 +1,160 @@
+"""The whole system in one process, without a network: the engines of all three daemons, called in turn.
+
+For tests and experiments. The settings are the daemons' own; devices take turns, one step each, so a run depends on
+nothing but its settings and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfl.adapters.state import AdapterState
+from sfl.device.prepare import PreparedDevice
+from sfl.device.run import DeviceRun, Progress
+from sfl.device.trainer import DeviceTrainer
+from sfl.edge_server.engine import EdgeEngine, Session
+from sfl.errors import SettingsError, SflError
+from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.pool import Half
+from sfl.fed_server.service import half_from_wire, member_from_wire
+from sfl.fed_server.versions import VersionStore
+from sfl.model.halves import load_device_half, load_edge_half
+from sfl.model.local_adapter import LocalAdapter
+from sfl.model.lora import head_state, initial_adapter, inject_lora
+from sfl.settings import DeviceSettings, FedSettings
+from sfl.telemetry import MetricsWriter
+from sfl.v1 import federation_pb2
+from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
+
+_EDGE = "edge"
+
+
+class LocalFederation:
+    """The federation server, called directly by the device `name`."""
+
+    def __init__(self, federation: Federation, name: str) -> None:
+        self._federation = federation
+        self._name = name
+
+    @property
+    def newest(self) -> int | None:
+        return self._federation.version
+
+    @property
+    def finished(self) -> bool:
+        return self._federation.finished
+
+    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
+        return self._federation.fetch(self._name, version, first_layer, last_layer)
+
+    def submit(self, header: federation_pb2.UpdateHeader, state: AdapterState) -> bool:
+        return self._federation.submit(half_from_wire(header), state)
+
+
+class LocalEdge:
+    """The edge server, called directly by one device. Its half of a submission reaches the federation server first."""
+
+    def __init__(self, engine: EdgeEngine, federation: Federation, request: SessionRequest) -> None:
+        self._engine = engine
+        self._federation = federation
+        self._session: Session = engine.open(request, federation.fetch(_EDGE, request.version))
+
+    def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
+        return self._engine.step(self._session, step, version, batch)
+
+    def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
+        return self._engine.evaluate(self._session, version, batch)
+
+    def submit(self, submission: str, version: int) -> None:
+        progress = self._engine.take_progress(self._session, submission, version)
+        self._federation.submit(Half(submission, self._session.request.device, "edge", version), progress)
+
+    def adopt(self, version: int, keep_progress: bool) -> None:
+        state = self._federation.fetch(_EDGE, version)
+        self._engine.adopt(self._session, version, state, keep_progress)
+
+    def values(self) -> AdapterState:
+        """The edge's half of the device's adapter."""
+        return self._session.adapter.values()
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A finished simulation: the federation with its last version, and each device's own adapter after its last step."""
+
+    federation: Federation
+    local: dict[str, AdapterState]
+
+
+@dataclass(frozen=True)
+class _Running:
+    run: DeviceRun
+    trainer: DeviceTrainer
+    edge: LocalEdge
+
+    def local_adapter(self) -> AdapterState:
+        return self.trainer.adapter.values() | self.edge.values()
+
+
+def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> Simulated:
+    """Run `devices` to their end; versions and metrics are written below `out`, as by the daemons of a demo.
+
+    All devices have the same model; the edge takes model, task, LoRA settings, dtype and seed from the first one.
+    """
+    prepared = [PreparedDevice.of(settings) for settings in devices]
+    first = prepared[0]
+    with MetricsWriter(out / fed.name / "metrics.jsonl") as metrics:
+        federation = Federation(fed, VersionStore(fed.adapters or out / "adapters"), metrics)
+        for device in prepared:
+            federation.join(member_from_wire(device.join_request()))
+            federation.watch_begins(device.settings.name)
+        if federation.agreement is None:
+            raise federation.failure or SettingsError(f"{fed.devices} devices are expected, {len(devices)} take part")
+        engine = _edge(federation, first, federation.agreement.labels)
+        running = {device.settings.name: _begin(device, federation, engine, out) for device in prepared}
+        _take_turns(running, federation)
+    return Simulated(federation, {name: device.local_adapter() for name, device in running.items()})
+
+
+def _edge(federation: Federation, first: PreparedDevice, labels: Sequence[str]) -> EdgeEngine:
+    settings = first.settings
+    request = first.join_request()
+    request.name, request.role = _EDGE, federation_pb2.EDGE
+    federation.join(member_from_wire(request))
+    half = load_edge_half(settings.model, settings.task, 1, labels, settings.dtype, settings.seed)
+    initial = initial_adapter(half.config, settings.task, first.lora, head_state(half), settings.seed)
+    head = half.family.head if settings.task == "classification" else ()
+    federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)
+    return EdgeEngine(half, inject_lora(half, first.lora), settings.task, first.lora, first.fingerprint)
+
+
+def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, out: Path) -> _Running:
+    settings, version = device.settings, federation.version
+    if federation.agreement is None or version is None:
+        raise SettingsError("a run needs the agreement and version 0")
+    half = load_device_half(settings.model, settings.cut, settings.dtype)
+    link = LocalFederation(federation, settings.name)
+    state = link.fetch(version, 0, settings.cut)
+    adapter = LocalAdapter(inject_lora(half, device.lora), state, settings.cut, version, device.optimizer)
+    edge = LocalEdge(engine, federation, device.session_request(version))
+    metrics = MetricsWriter(out / settings.name / "metrics.jsonl")
+    plan = device.plan(federation.agreement.labels)
+    trainer = DeviceTrainer(half, adapter, edge, settings.task)
+    return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), trainer, edge)
+
+
+def _take_turns(running: Mapping[str, _Running], federation: Federation) -> None:
+    going = {name: iter(device.run) for name, device in running.items()}
+    while going:
+        trained = False
+        version = federation.version
+        for name, run in list(going.items()):
+            progress = next(run, None)
+            trained = trained or progress is Progress.TRAINED
+            if progress is None:
+                del going[name]
+                federation.leave(name)
+        if going and not trained and federation.version == version:
+            raise SflError(f"{', '.join(going)} wait for a version that nobody will bring about")

@@ -1,0 +1,223 @@
+from sfl.v1 import split_pb2 as _split_pb2
+from sfl.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    DEVICE: _ClassVar[Role]
+    EDGE: _ClassVar[Role]
+ROLE_UNSPECIFIED: Role
+DEVICE: Role
+EDGE: Role
+
+class JoinRequest(_message.Message):
+    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: Role
+    task: str
+    base_model: str
+    model_fingerprint: str
+    lora: _split_pb2.Lora
+    cut: int
+    examples: int
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    max_length: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("waiting", "agreement", "published", "finished", "heartbeat")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    waiting: Waiting
+    agreement: Agreement
+    published: Published
+    finished: Finished
+    heartbeat: _split_pb2.Heartbeat
+    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., heartbeat: _Optional[_Union[_split_pb2.Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ("joined", "expected")
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    joined: int
+    expected: int
+    def __init__(self, joined: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
+
+class Agreement(_message.Message):
+    __slots__ = ("labels", "columns", "max_length", "policy")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    max_length: int
+    policy: UploadPolicy
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ...) -> None: ...
+
+class UploadPolicy(_message.Message):
+    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered")
+    KEEP_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    FINAL_UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    PERIODIC_FIELD_NUMBER: _ClassVar[int]
+    TRIGGERED_FIELD_NUMBER: _ClassVar[int]
+    keep_progress: bool
+    final_upload: bool
+    periodic: Periodic
+    triggered: Triggered
+    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ...) -> None: ...
+
+class Periodic(_message.Message):
+    __slots__ = ("local_steps", "round_timeout_s")
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    local_steps: int
+    round_timeout_s: float
+    def __init__(self, local_steps: _Optional[int] = ..., round_timeout_s: _Optional[float] = ...) -> None: ...
+
+class Triggered(_message.Message):
+    __slots__ = ("alpha", "beta", "min_steps", "validate_every", "threshold", "threshold_growth", "threshold_decay", "metric")
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    VALIDATE_EVERY_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_GROWTH_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_DECAY_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    alpha: float
+    beta: float
+    min_steps: int
+    validate_every: int
+    threshold: float
+    threshold_growth: float
+    threshold_decay: float
+    metric: str
+    def __init__(self, alpha: _Optional[float] = ..., beta: _Optional[float] = ..., min_steps: _Optional[int] = ..., validate_every: _Optional[int] = ..., threshold: _Optional[float] = ..., threshold_growth: _Optional[float] = ..., threshold_decay: _Optional[float] = ..., metric: _Optional[str] = ...) -> None: ...
+
+class Published(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class AdapterMessage(_message.Message):
+    __slots__ = ("proposal", "update", "version", "chunk", "tensors")
+    PROPOSAL_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    proposal: ProposalHeader
+    update: UpdateHeader
+    version: VersionHeader
+    chunk: bytes
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
+    def __init__(self, proposal: _Optional[_Union[ProposalHeader, _Mapping]] = ..., update: _Optional[_Union[UpdateHeader, _Mapping]] = ..., version: _Optional[_Union[VersionHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
+
+class ProposalHeader(_message.Message):
+    __slots__ = ("edge", "blocks", "head", "num_layers")
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    edge: str
+    blocks: str
+    head: _containers.RepeatedScalarFieldContainer[str]
+    num_layers: int
+    def __init__(self, edge: _Optional[str] = ..., blocks: _Optional[str] = ..., head: _Optional[_Iterable[str]] = ..., num_layers: _Optional[int] = ...) -> None: ...
+
+class ProposeReply(_message.Message):
+    __slots__ = ("accepted",)
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    def __init__(self, accepted: _Optional[bool] = ...) -> None: ...
+
+class UpdateHeader(_message.Message):
+    __slots__ = ("submission", "device", "half", "version", "examples", "steps")
+    SUBMISSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HALF_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    submission: str
+    device: str
+    half: Role
+    version: int
+    examples: int
+    steps: int
+    def __init__(self, submission: _Optional[str] = ..., device: _Optional[str] = ..., half: _Optional[_Union[Role, str]] = ..., version: _Optional[int] = ..., examples: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class SubmitReply(_message.Message):
+    __slots__ = ("duplicate",)
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    duplicate: bool
+    def __init__(self, duplicate: _Optional[bool] = ...) -> None: ...
+
+class VersionHeader(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("name", "version", "first_layer", "last_layer")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    first_layer: int
+    last_layer: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,184 @@
+from sfl.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DeviceMessage(_message.Message):
+    __slots__ = ("open", "step", "evaluate", "submit", "adopt", "close", "chunk", "tensors")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    step: Step
+    evaluate: Evaluate
+    submit: SubmitHalf
+    adopt: Adopt
+    close: Close
+    chunk: bytes
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., submit: _Optional[_Union[SubmitHalf, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., chunk: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
+
+class EdgeMessage(_message.Message):
+    __slots__ = ("opened", "step", "evaluated", "submitted", "adopted", "closed", "chunk", "heartbeat", "tensors")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTED_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    step: StepDone
+    evaluated: Evaluated
+    submitted: HalfTaken
+    adopted: Adopted
+    closed: Closed
+    chunk: bytes
+    heartbeat: Heartbeat
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., submitted: _Optional[_Union[HalfTaken, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., chunk: _Optional[bytes] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
+
+class Lora(_message.Message):
+    __slots__ = ("rank", "alpha", "dropout", "target_modules")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Optimizer(_message.Message):
+    __slots__ = ("name", "learning_rate", "weight_decay")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    learning_rate: float
+    weight_decay: float
+    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    device: str
+    task: str
+    cut: int
+    version: int
+    model_fingerprint: str
+    lora: Lora
+    optimizer: Optimizer
+    seed: int
+    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("last_step", "version")
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    last_step: int
+    version: int
+    def __init__(self, last_step: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("step", "version")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    version: int
+    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("step", "version", "loss", "layer_norms")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    version: int
+    loss: float
+    layer_norms: _containers.RepeatedCompositeFieldContainer[LayerNorm]
+    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., loss: _Optional[float] = ..., layer_norms: _Optional[_Iterable[_Union[LayerNorm, _Mapping]]] = ...) -> None: ...
+
+class LayerNorm(_message.Message):
+    __slots__ = ("layer", "norm")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    norm: float
+    def __init__(self, layer: _Optional[int] = ..., norm: _Optional[float] = ...) -> None: ...
+
+class Evaluate(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class Evaluated(_message.Message):
+    __slots__ = ("loss", "count")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    count: int
+    def __init__(self, loss: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
+
+class SubmitHalf(_message.Message):
+    __slots__ = ("submission", "version")
+    SUBMISSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    submission: str
+    version: int
+    def __init__(self, submission: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class HalfTaken(_message.Message):
+    __slots__ = ("submission",)
+    SUBMISSION_FIELD_NUMBER: _ClassVar[int]
+    submission: str
+    def __init__(self, submission: _Optional[str] = ...) -> None: ...
+
+class Adopt(_message.Message):
+    __slots__ = ("version", "keep_progress")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEEP_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    keep_progress: bool
+    def __init__(self, version: _Optional[int] = ..., keep_progress: _Optional[bool] = ...) -> None: ...
+
+class Adopted(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Closed(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

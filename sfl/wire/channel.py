@@ -1,0 +1,136 @@
+"""The one place that dials and serves.
+
+Keepalive: a client pings every 30 s, also when no call is open, so that a NAT box on the way keeps the connection; the
+server allows pings down to 10 s apart, so that none is ever "too many". A peer that does not answer a ping in 20 s is
+gone, one that is merely slow is not.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from sfl.errors import RefusedError, SettingsError, SflError, UnreachableError
+from sfl.telemetry import log
+
+HEARTBEAT_S = 10.0  # between two heartbeats on a stream that has nothing else to say
+SILENCE_S = 60.0  # a stream without even a heartbeat for so long is broken
+
+_CLIENT_OPTIONS = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # or a second daemon on the same port would start and get half of the calls
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+_REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+}
+
+Result = TypeVar("Result")
+
+
+def dial(address: str, peer: str, wait_s: float) -> grpc.Channel:
+    """A channel to `peer` ("the edge server", for messages) at `address`, connected.
+
+    Raises `SettingsError` for an address that is none and `UnreachableError` after `wait_s` seconds without an answer.
+    """
+    check_address(address)
+    channel = grpc.insecure_channel(address, options=_CLIENT_OPTIONS)  # credentials go here
+    ready = grpc.channel_ready_future(channel)
+    started = time.monotonic()
+    while True:
+        left = wait_s - (time.monotonic() - started)
+        try:
+            ready.result(timeout=max(0.0, min(5.0, left)))
+            return channel
+        except grpc.FutureTimeoutError:
+            if left <= 5.0:
+                ready.cancel()
+                channel.close()
+                raise UnreachableError(
+                    f"{peer} at {address} did not answer within {wait_s:g} s: is it running, and is the address right?"
+                ) from None
+            log.info("waiting for %s at %s (%.0f of %.0f s)", peer, address, wait_s - left + 5.0, wait_s)
+
+
+def serve(address: str) -> tuple[grpc.aio.Server, str]:
+    """A server bound to `address`, not yet started, and the address with the port it got (for port 0).
+
+    Raises `SettingsError` when the address is none or cannot be bound.
+    """
+    host, port = check_address(address)
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    try:
+        bound = server.add_insecure_port(address)  # credentials go here
+    except RuntimeError as error:
+        raise SettingsError(f"cannot listen on {address}: {_why_not(host, port)}; choose another with `listen`") from error
+    return server, f"{host}:{bound}"
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """Split `host:port`. Raises `SettingsError` when it is not of that form."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise SettingsError(f"'{address}' is no address: expected HOST:PORT, as in 192.168.1.10:7300")
+    return host, int(port)
+
+
+def _why_not(host: str, port: int) -> str:
+    """Bind once more with a plain socket, whose error says what gRPC's does not."""
+    try:
+        with socket.create_server((host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return "gRPC could not bind it"
+    except OSError as error:
+        return f"{error.strerror or error}"
+
+
+def error_from(error: grpc.RpcError, peer: str) -> SflError:
+    """What a failed call means: `RefusedError` with the peer's reason, or `UnreachableError` when trying again may help."""
+    code, details = error.code(), error.details()
+    if code in _REFUSALS:
+        return RefusedError(f"{peer} refused: {details}")
+    return UnreachableError(f"{peer} is out of reach ({code.name}: {details})")
+
+
+def retry(call: Callable[[], Result], peer: str, give_up_s: float) -> Result:
+    """Run `call`, which may raise `grpc.RpcError`, until it succeeds; each failure is logged, the pauses grow to 5 s.
+
+    For calls that the peer answers alike however often they come. Raises `RefusedError` at once when the peer says no,
+    `UnreachableError` when it stays away for `give_up_s` seconds.
+    """
+    started, pause = time.monotonic(), 0.2
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            failure = error_from(error, peer)
+            if isinstance(failure, RefusedError):
+                raise failure from error
+            gone = time.monotonic() - started
+            if gone + pause > give_up_s:
+                raise UnreachableError(f"{failure}; gave up after {gone:.0f} s") from error
+            log.warning("%s; trying again in %.1f s", failure, pause)
+        time.sleep(pause * random.uniform(0.8, 1.2))
+        pause = min(pause * 2, 5.0)

@@ -1,0 +1,178 @@
+"""The federation server as a device or an edge server sees it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import grpc
+
+from sfl.adapters.state import AdapterState
+from sfl.errors import RefusedError, SflError, UnreachableError, WireError
+from sfl.telemetry import log
+from sfl.v1 import federation_pb2 as pb
+from sfl.v1.federation_pb2_grpc import FederationStub
+from sfl.wire.adapters import from_tensors, to_tensors
+from sfl.wire.channel import dial, error_from, retry
+from sfl.wire.frames import Assembler, Traffic, frames
+
+PEER = "the federation server"
+CALL_S = 300.0  # deadline of one call, a whole adapter's transfer included
+
+Result = TypeVar("Result")
+
+
+class FederationClient:
+    """Blocking calls to the federation server, each tried again until `give_up_s`, and a thread that watches it.
+
+    `name` is this member's own. `traffic` counts the bytes of all frames. Every method raises `RefusedError` with the
+    server's reason or `UnreachableError`.
+    """
+
+    def __init__(self, address: str, name: str, wait_s: float = 60.0, give_up_s: float = 300.0) -> None:
+        self.traffic = Traffic()
+        self._name = name
+        self._give_up_s = give_up_s
+        self._channel = dial(address, PEER, wait_s)
+        self._stub = FederationStub(self._channel)
+        self._changed = threading.Condition()
+        self._agreement: pb.Agreement | None = None
+        self._newest: int | None = None
+        self._finished = False
+        self._failure: SflError | None = None
+        self._state = "nothing heard yet"
+        self._closed = False
+        self._watcher: threading.Thread | None = None
+        self._request = pb.JoinRequest()
+
+    def join(self, request: pb.JoinRequest) -> None:
+        """Take part, then watch what happens; a server that was started anew is joined again."""
+        self._request = request
+        self._retry(lambda: self._stub.Join(request, timeout=CALL_S))
+        self._watcher = threading.Thread(target=self._watch, name="watch-federation", daemon=True)
+        self._watcher.start()
+
+    def propose(self, header: pb.ProposalHeader, state: AdapterState) -> bool:
+        """Offer version 0; False if another edge server was first."""
+        message = pb.AdapterMessage(proposal=header)
+        reply: pb.ProposeReply = self._retry(lambda: self._stub.Propose(self._frames(message, state), timeout=CALL_S))
+        return reply.accepted
+
+    def submit(self, header: pb.UpdateHeader, state: AdapterState) -> bool:
+        """Send one half of an update; True if it had arrived before."""
+        message = pb.AdapterMessage(update=header)
+        reply: pb.SubmitReply = self._retry(lambda: self._stub.Submit(self._frames(message, state), timeout=CALL_S))
+        return reply.duplicate
+
+    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
+        """The part of a published version in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0."""
+        request = pb.FetchRequest(name=self._name, version=version, first_layer=first_layer, last_layer=last_layer)
+
+        def call() -> AdapterState:
+            assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic)
+            for frame in self._stub.Fetch(request, timeout=CALL_S):
+                whole = assembler.feed(frame)
+                if whole is not None:
+                    return from_tensors(whole[1])
+            raise WireError(f"version {version} ended before its last byte")
+
+        return self._retry(call)
+
+    def leave(self) -> None:
+        """This device is done."""
+        self._retry(lambda: self._stub.Leave(pb.LeaveRequest(name=self._name), timeout=CALL_S))
+
+    def agreement(self, wait_s: float) -> pb.Agreement:
+        """What all members have agreed on; blocks until it is there."""
+        self._wait(lambda: self._agreement is not None, wait_s, "the other devices to join")
+        if self._agreement is None:
+            raise UnreachableError("the federation finished before its members had agreed")
+        return self._agreement
+
+    def version(self, at_least: int, wait_s: float) -> int:
+        """The newest version, once it is `at_least` or the federation has finished; blocks until then."""
+        self._wait(lambda: self._newest is not None and self._newest >= at_least, wait_s, f"version {at_least}")
+        if self._newest is None:
+            raise UnreachableError("the federation finished before it published a version")
+        return self._newest
+
+    @property
+    def newest(self) -> int | None:
+        """The newest version that was announced, None before the first; never blocks."""
+        return self._newest
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last device has left; never blocks."""
+        return self._finished
+
+    def close(self) -> None:
+        """End the watch and the channel."""
+        self._closed = True
+        self._channel.close()
+        if self._watcher is not None:
+            self._watcher.join(timeout=5.0)
+
+    def _retry(self, call: Callable[[], Result]) -> Result:
+        return retry(call, PEER, self._give_up_s)
+
+    def _frames(self, message: pb.AdapterMessage, state: AdapterState) -> Iterator[pb.AdapterMessage]:
+        fresh = pb.AdapterMessage()
+        fresh.CopyFrom(message)  # `frames` adds headers, and a call may be tried again
+        return frames(fresh, to_tensors(state), self.traffic)
+
+    def _wait(self, ready: Callable[[], bool], wait_s: float, what: str) -> None:
+        deadline = time.monotonic() + wait_s
+        with self._changed:
+            while not ready() and not self._finished:
+                if self._failure is not None:
+                    raise self._failure
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise UnreachableError(f"waited {wait_s:g} s for {what} ({self._state}); gave up")
+                if not self._changed.wait(min(left, 10.0)):
+                    log.info("waiting for %s (%s)", what, self._state)
+
+    def _watch(self) -> None:
+        """Follow the server's events; when the stream breaks, follow them anew until `give_up_s` without one."""
+        heard, again = time.monotonic(), False
+        while not self._closed and not self._finished:
+            try:
+                if again:
+                    self._stub.Join(self._request, timeout=CALL_S)
+                for event in self._stub.Watch(pb.WatchRequest(name=self._name)):
+                    heard = time.monotonic()
+                    self._take(event)
+                failure: SflError = UnreachableError(f"{PEER} ended the watch")
+            except grpc.RpcError as error:
+                failure = error_from(error, PEER)
+            except ValueError:  # the channel was closed between two calls
+                return
+            if self._closed or self._finished:
+                return
+            if isinstance(failure, RefusedError) or time.monotonic() - heard > self._give_up_s:
+                with self._changed:
+                    self._failure = failure
+                    self._changed.notify_all()
+                return
+            log.warning("%s; watching again in 1 s", failure)
+            again = True
+            time.sleep(1.0)
+
+    def _take(self, event: pb.Event) -> None:
+        kind = event.WhichOneof("body")
+        with self._changed:
+            if kind == "waiting":
+                self._state = f"{event.waiting.joined} of {event.waiting.expected} devices have joined"
+            elif kind == "agreement":
+                self._agreement = event.agreement
+                self._state = "all have joined"
+            elif kind == "published":
+                self._newest = max(self._newest or 0, event.published.version)
+                self._state = f"version {self._newest} is the newest"
+            elif kind == "finished":
+                self._newest = event.finished.version
+                self._finished = True
+            self._changed.notify_all()

@@ -1,0 +1,163 @@
+"""What a device and its edge server say to each other, as data, and its form on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sfl.adapters.layout import LoraSpec
+from sfl.errors import WireError
+from sfl.v1 import split_pb2 as pb
+from sfl.v1 import tensor_pb2
+from sfl.wire.adapters import lora_from_wire, lora_to_wire
+from sfl.wire.tensors import RawTensor, require
+from sfl.wire.torch_tensors import WIRE_DTYPE, from_torch, to_torch
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """The optimiser of both halves of a device's adapter: equal settings make split training equal to unsplit."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """Opens, or resumes, the training session `session` of `device` at its edge; see `Open` in split.proto."""
+
+    session: str
+    device: str
+    task: str
+    cut: int
+    version: int
+    model_fingerprint: str
+    lora: LoraSpec
+    optimizer: OptimizerSpec
+    seed: int
+
+
+@dataclass(frozen=True)
+class CutBatch:
+    """One batch at the cut layer.
+
+    `activation` is (batch, tokens, hidden) in the model's dtype, `attention_mask` (batch, tokens) int64 and `labels`
+    int64: (batch,) class indices, or (batch, tokens) token ids with -100 where no loss is due.
+    """
+
+    activation: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The edge's answer to a training step.
+
+    `gradient` is that of the loss with respect to the activation, same shape and dtype; `layer_norms` the L2 norm of the
+    gradient of each adapter layer that the edge holds, by layer index, the head under `HEAD`.
+    """
+
+    step: int
+    version: int
+    loss: float
+    layer_norms: dict[int, float]
+    gradient: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean `loss` over `count` examples (classification) or tokens (causal LM), and for classification the logits,
+    (batch, classes) float32."""
+
+    loss: float
+    count: int
+    logits: torch.Tensor | None
+
+
+def open_to_wire(request: SessionRequest) -> pb.Open:
+    optimizer = request.optimizer
+    return pb.Open(
+        session=request.session,
+        device=request.device,
+        task=request.task,
+        cut=request.cut,
+        version=request.version,
+        model_fingerprint=request.model_fingerprint,
+        lora=lora_to_wire(request.lora),
+        optimizer=pb.Optimizer(name=optimizer.name, learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay),
+        seed=request.seed,
+    )
+
+
+def open_from_wire(message: pb.Open) -> SessionRequest:
+    """Raises `WireError` for a name that is missing or an optimiser that is unknown."""
+    if not message.session or not message.device:
+        raise WireError("a session and its device must have a name")
+    name = message.optimizer.name
+    if name not in ("adamw", "sgd"):
+        raise WireError(f"unknown optimizer '{name}': adamw and sgd are known")
+    return SessionRequest(
+        session=message.session,
+        device=message.device,
+        task=message.task,
+        cut=message.cut,
+        version=message.version,
+        model_fingerprint=message.model_fingerprint,
+        lora=lora_from_wire(message.lora),
+        optimizer=OptimizerSpec(
+            "adamw" if name == "adamw" else "sgd", message.optimizer.learning_rate, message.optimizer.weight_decay
+        ),
+        seed=message.seed,
+    )
+
+
+def batch_to_wire(batch: CutBatch) -> list[RawTensor]:
+    return [
+        from_torch("activation", batch.activation),
+        from_torch("attention_mask", batch.attention_mask),
+        from_torch("labels", batch.labels),
+    ]
+
+
+def batch_from_wire(tensors: Sequence[RawTensor], hidden: int, dtype: torch.dtype, per_token_labels: bool) -> CutBatch:
+    """Raises `WireError` unless the three tensors have the dtypes and shapes of a batch of this model."""
+    if len(tensors) != 3:
+        raise WireError(f"a batch has the tensors activation, attention_mask and labels; {len(tensors)} came")
+    activation, mask, labels = tensors
+    require(activation, "activation", WIRE_DTYPE[dtype], (None, None, hidden))
+    require(mask, "attention_mask", tensor_pb2.INT64, activation.shape[:2])
+    require(labels, "labels", tensor_pb2.INT64, activation.shape[:2] if per_token_labels else activation.shape[:1])
+    return CutBatch(to_torch(activation), to_torch(mask), to_torch(labels))
+
+
+def step_to_wire(result: StepResult) -> tuple[pb.StepDone, list[RawTensor]]:
+    norms = [pb.LayerNorm(layer=layer, norm=norm) for layer, norm in sorted(result.layer_norms.items())]
+    done = pb.StepDone(step=result.step, version=result.version, loss=result.loss, layer_norms=norms)
+    return done, [from_torch("gradient", result.gradient)]
+
+
+def step_from_wire(message: pb.StepDone, tensors: Sequence[RawTensor], like: torch.Tensor) -> StepResult:
+    """Raises `WireError` unless the one tensor is a gradient for the activation `like`."""
+    if len(tensors) != 1:
+        raise WireError(f"a step's answer has one tensor, the gradient; {len(tensors)} came")
+    require(tensors[0], "gradient", WIRE_DTYPE[like.dtype], tuple(like.shape))
+    norms = {item.layer: item.norm for item in message.layer_norms}
+    return StepResult(message.step, message.version, message.loss, norms, to_torch(tensors[0]))
+
+
+def evaluation_to_wire(result: Evaluation) -> tuple[pb.Evaluated, list[RawTensor]]:
+    tensors = [] if result.logits is None else [from_torch("logits", result.logits)]
+    return pb.Evaluated(loss=result.loss, count=result.count), tensors
+
+
+def evaluation_from_wire(message: pb.Evaluated, tensors: Sequence[RawTensor], batch: int) -> Evaluation:
+    """Raises `WireError` for logits of another shape than (batch, any)."""
+    if not tensors:
+        return Evaluation(message.loss, message.count, None)
+    require(tensors[0], "logits", tensor_pb2.FLOAT32, (batch, None))
+    return Evaluation(message.loss, message.count, to_torch(tensors[0]))

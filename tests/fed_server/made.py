@@ -1,0 +1,96 @@
+"""What the tests of the federation server share: a clock, members, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfl.adapters.layout import LoraSpec
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half
+from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.members import Member, Role
+from sfl.fed_server.pool import Half
+from sfl.fed_server.versions import VersionStore
+from sfl.settings import FedSettings, StrategySettings
+from sfl.telemetry import MetricsWriter
+
+LAYERS = 4
+PLACEMENT = Placement("model.layers", ("score",), LAYERS)
+LORA = LoraSpec(2, 4.0, 0.0, ("q",))
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def adapter(seed: int, scale: float = 1.0) -> AdapterState:
+    """A whole adapter of `LAYERS` layers and a head with random values."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for layer in range(LAYERS):
+        state[AdapterKey(layer, "q", "A")] = rng.normal(0, scale, (2, 3)).astype("f4")
+        state[AdapterKey(layer, "q", "B")] = rng.normal(0, scale, (5, 2)).astype("f4")
+    state[AdapterKey(HEAD, "score", "weight")] = rng.normal(0, scale, (2, 5)).astype("f4")
+    return state
+
+
+def device(name: str, **changes: Any) -> Member:
+    common: dict[str, Any] = {
+        "task": "classification",
+        "base_model": "base",
+        "model_fingerprint": "abc",
+        "lora": LORA,
+        "cut": 1,
+        "examples": 10,
+        "labels": ("benign", "scan"),
+        "columns": ("proto",),
+        "max_length": 32,
+    }
+    return Member(name, "device", **{**common, **changes})
+
+
+def edge(name: str = "edge", **changes: Any) -> Member:
+    common: dict[str, Any] = {"task": "classification", "base_model": "base", "model_fingerprint": "abc", "lora": LORA}
+    return Member(name, "edge", **{**common, **changes})
+
+
+def federation(
+    folder: Path, devices: int, clock: Clock | None = None, metrics: MetricsWriter | None = None, **changes: Any
+) -> Federation:
+    """A federation that keeps its versions in `folder`; `strategy` is a dict of strategy settings."""
+    strategy = StrategySettings(**changes.pop("strategy", {}))
+    settings = FedSettings(devices=devices, strategy=strategy, **changes)
+    return Federation(settings, VersionStore(folder), metrics or MetricsWriter(None), clock or Clock())
+
+
+def started(folder: Path, members: list[Member], clock: Clock | None = None, **changes: Any) -> Federation:
+    """A federation whose members have joined and watch, with version 0 published."""
+    fed = federation(folder, len(members), clock, **changes)
+    for member in [*members, edge()]:
+        fed.join(member)
+        fed.watch_begins(member.name)
+    fed.propose("edge", PLACEMENT, adapter(0))
+    return fed
+
+
+def half(role: Role, name: str, submission: str = "1", version: int = 0, **more: Any) -> Half:
+    return Half(submission, name, role, version, **more)
+
+
+def submit(fed: Federation, name: str, state: AdapterState, submission: str = "1", version: int = 0, cut: int = 1) -> None:
+    """Both halves of an update."""
+    fed.submit(half("device", name, submission, version), device_half(state, cut))
+    fed.submit(half("edge", name, submission, version), edge_half(state, cut))
+
+
+def same(left: AdapterState, right: AdapterState) -> bool:
+    """Whether two adapters are equal to the bit."""
+    return left.keys() == right.keys() and all(left[key].tobytes() == right[key].tobytes() for key in left)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from sfl.adapters.layout import LoraSpec
+from sfl.cli.names import settings_of
+from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings, StrategySettings
+
+DAEMONS: list[type[BaseModel]] = [FedSettings, EdgeSettings, DeviceSettings]
+
+
+def device(**changes: object) -> DeviceSettings:
+    return DeviceSettings.model_validate({"name": "d", "model": "m", "data": {"path": "p"}} | changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cut": 0},
+        {"steps": 0},
+        {"batch_size": 0},
+        {"max_length": 0},
+        {"threads": -1},
+        {"lora": {"rank": 0}},
+        {"lora": {"alpha": 0}},
+        {"lora": {"alpha": float("nan")}},
+        {"lora": {"dropout": 1}},
+        {"optimizer": {"learning_rate": 0}},
+        {"optimizer": {"learning_rate": float("inf")}},
+        {"optimizer": {"name": "adam"}},
+        {"dtype": "fp16"},
+        {"task": "regression"},
+        {"name": ""},
+        {"name": "../elsewhere"},
+        {"name": "two\nlines"},
+        {"edge": "127.0.0.1"},
+        {"edge": ":7301"},
+        {"edge": "host:port"},
+        {"edge": "host:65536"},
+        {"wait_s": 0},
+        {"unknown": 1},
+    ],
+)
+def test_a_value_out_of_range_is_refused(change: dict[str, object]) -> None:
+    device()  # the rest is right
+    with pytest.raises(ValidationError):
+        device(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"quorum": 0}, {"quorum": 1.1}, {"alpha": 1}, {"alpha": 0}, {"min_steps": 0}, {"local_steps": 0}]
+)
+def test_a_strategy_setting_out_of_range_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        StrategySettings.model_validate(change)
+
+
+def test_addresses_in_the_usual_forms_are_taken() -> None:
+    for address in ("localhost:7301", "192.168.1.10:0", "edge.example.org:65535", "[::1]:7301"):
+        assert device(edge=address).edge == address
+
+
+def test_settings_do_not_change_once_read() -> None:
+    settings = device()
+    with pytest.raises(ValidationError):
+        settings.cut = 2  # type: ignore[misc]
+
+
+def test_lora_settings_become_the_specification_that_adapters_carry() -> None:
+    settings = LoraSettings(rank=4, alpha=8, dropout=0.1, target_modules=("q_proj", "v_proj"))
+    assert settings.spec() == LoraSpec(4, 8.0, 0.1, ("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("model", DAEMONS)
+def test_every_setting_is_described(model: type[BaseModel]) -> None:
+    missing = [name for name, field in settings_of(model).items() if not field.description]
+    assert not missing
+
+
+def test_settings_need_no_torch() -> None:
+    program = (
+        "import sys, sfl.settings, sfl.cli.load_settings; sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
