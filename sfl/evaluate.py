@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ def evaluate(
     labels = LabelSet(layout.labels) if task == "classification" else None
     encoded = tokenise(examples, load_tokenizer(model), layout.max_length, labels)
     base = load_task_model(model, task, layout.labels)
-    whole = PeftModel.from_pretrained(base, str(adapter)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers tell each other
+        whole = PeftModel.from_pretrained(base, str(adapter)).eval()
     loss_sum, count = 0.0, 0
     predicted: list[int] = []
     with torch.inference_mode():

@@ -30,6 +30,10 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(labels)))
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
 Name = Annotated[str, AfterValidator(_check_name)]
 
@@ -105,7 +109,9 @@ class FedSettings(DaemonSettings):
     out: Path = Field(Path("out/fed"), description="folder for metrics.jsonl")
     adapters: Path | None = Field(None, description="folder for the versions of the adapter; by default adapters inside out")
     devices: int = Field(ge=1, description="number of devices that take part")
-    labels: tuple[str, ...] = Field((), description="labels fixed beforehand; empty: all that the devices have seen")
+    labels: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
+        (), description="labels fixed beforehand; empty: all that the devices have seen"
+    )
     strategy: StrategySettings = Field(default_factory=StrategySettings, description="how updates become versions")
     half_expires_s: float = Field(600.0, gt=0, description="seconds that half an update waits for its other half")
     away_after_s: float = Field(60.0, gt=0, description="seconds of silence after which a device is away and not waited for")

@@ -16,11 +16,20 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
     """All settings that `model` holds, nested ones too, by dotted name."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= settings_of(field.annotation, f"{prefix}{name}.")
+        table = table_of(field)
+        if table:
+            found |= settings_of(table, f"{prefix}{name}.")
         else:
             found[prefix + name] = field
     return found
+
+
+def table_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model behind a field that is a table of settings; None for a plain setting."""
+    kind = field.annotation
+    if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
+        return kind
+    return None
 
 
 def groups_of(known: Collection[str]) -> set[str]:

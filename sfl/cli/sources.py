@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliSettingsSource
 
+from sfl.cli.flags import flags_parser
 from sfl.cli.names import (
     ENVIRONMENT_PREFIX,
     flag_of,
@@ -85,39 +85,24 @@ def from_environment(environment: Mapping[str, str], known: Mapping[str, FieldIn
 def from_flags(
     model: type[BaseModel], arguments: Sequence[str], prog: str, parents: Sequence[argparse.ArgumentParser] = ()
 ) -> dict[str, Given]:
-    """Settings given as `--lora.rank 4` or `--lora-rank=4`; lists as `a,b` or repeated.
+    """Settings given as `--lora.rank 4` or `--lora-rank=4`; lists as `a,b`, repeated or as JSON.
 
     `--help` prints all settings and ends the process. Raises `SettingsError` for an unknown flag or one without a value.
     """
     known = settings_of(model)
-    usage = "%(prog)s [--config FILE] [--print-config] [--SETTING VALUE]..."
-    parser = _Parser(prog=prog, usage=usage, description=model.__doc__, parents=list(parents), allow_abbrev=False)
-    # pydantic-settings makes the flags, their help and the parsing of lists; unknown names are dealt with before it sees them.
-    source: CliSettingsSource[Any] = CliSettingsSource(
-        create_model(model.__name__, __base__=(BaseSettings, model)),  # type: ignore[arg-type]
-        root_parser=parser,
-        cli_parse_args=[_canonical(argument, known) for argument in arguments],
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-    )
-    given: dict[str, Given] = {}
-
-    def walk(tree: Mapping[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if prefix + key in known:
-                given[prefix + key] = Given([] if value == [""] else value, f"from {flag_of(prefix + key)}")
-            else:
-                walk(value, f"{prefix}{key}.")
-
-    walk(source(), "")
+    parser = flags_parser(model, prog, parents)
+    found = vars(parser.parse_args([_canonical(argument, known) for argument in arguments]))
+    given = {}
+    for name in known.keys() & found.keys():
+        value = found[name]
+        if is_list(known[name]):
+            parts = [_parse(text, known[name]) for text in value]
+            unread = [part for part in parts if isinstance(part, str)]  # broken JSON, refused later like in a variable
+            value = unread[0] if unread else [item for part in parts for item in part]
+        elif isinstance(value, str):
+            value = _parse(value, known[name])
+        given[name] = Given(value, f"from {flag_of(name)}")
     return given
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; `{self.prog} --help` lists all settings")
 
 
 def _canonical(argument: str, known: Mapping[str, FieldInfo]) -> str:

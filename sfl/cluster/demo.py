@@ -56,7 +56,7 @@ def plan_demo(options: DemoOptions) -> Plan:
 
     Raises `SettingsError`, `ModelError` or `DataError` for what cannot be, before anything is deleted or started.
     """
-    model = options.model or str(_default_model(options.task))
+    model = options.model or str(default_model(options.task))
     for path in options.data:
         if not path.is_file():
             raise DataError(f"there is no data file {path}")
@@ -123,7 +123,7 @@ def parse_cuts(text: str) -> tuple[int, ...]:
     return cuts
 
 
-def _default_model(task: Task) -> Path:
+def default_model(task: Task) -> Path:
     """The folder of the pretrained model's package, which is found without being imported."""
     if task == "causal-lm":
         raise ModelError(f"the default model, {_DEFAULT_NAME}, is no causal LM: give one with --model, a folder or a hub id")

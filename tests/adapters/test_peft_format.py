@@ -59,7 +59,7 @@ def test_peft_loads_it_on_the_uncut_model(tmp_path: Path, family: str, task: str
     lora = LoraSpec(2, 4.0, 0.0, targets)
     task_type = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}[task]
     head = head if task == "classification" else ()
-    peft_config = LoraConfig(task_type=task_type, r=2, lora_alpha=4.0, target_modules=list(targets), modules_to_save=list(head))
+    peft_config = LoraConfig(task_type=task_type, r=2, lora_alpha=4, target_modules=list(targets), modules_to_save=list(head))
     ours = get_peft_model(tiny_model(config, task), peft_config).eval()
     generator = torch.Generator().manual_seed(1)
     state: AdapterState = {}

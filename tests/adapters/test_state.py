@@ -9,7 +9,7 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey, device_half, difference, edge_half, total
 from sfl.errors import AdapterError
 
-names = st.text(st.characters(exclude_characters="/", exclude_categories=("Cs",)), min_size=1)
+names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1)
 
 
 @given(st.one_of(st.integers(0, HEAD - 1), st.just(HEAD)), names, names)

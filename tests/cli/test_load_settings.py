@@ -151,6 +151,7 @@ def test_a_wrong_item_of_a_list_names_the_list(tmp_path: Path) -> None:
     file = tmp_path / "fed.toml"
     file.write_text('devices = 3\nlabels = ["a", 1]\n')
     assert refusal(FedSettings, file).startswith("labels = ['a', 1] in fed.toml:")
+    assert refusal(FedSettings, None, ["--devices=3", "--labels", "[b"]).startswith("labels = '[b' from --labels:")
     assert refusal(FedSettings, None, ["--devices=3"], {"SFL_LABELS": "[broken"}).startswith(
         "labels = '[broken' from SFL_LABELS:"
     )

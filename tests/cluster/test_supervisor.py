@@ -130,7 +130,10 @@ def test_an_exception_of_the_callers_stops_all(tmp_path: Path) -> None:
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     supervisor = Supervisor(
-        [program(tmp_path, "worker", "import time; time.sleep(60)"), Program("none", ["/no/such"], tmp_path / "none/log.txt", True)]
+        [
+            program(tmp_path, "worker", "import time; time.sleep(60)"),
+            Program("none", ["/no/such"], tmp_path / "none/log.txt", True),
+        ]
     )
     with pytest.raises(ChildError, match="none could not be started"):
         supervisor.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def edge(name: str = "edge", **changes: Any) -> Member:
 
 
 def federation(
-    folder: Path, devices: int, clock: Clock | None = None, metrics: MetricsWriter | None = None, **changes: Any
+    folder: Path, devices: int, clock: Callable[[], float] | None = None, metrics: MetricsWriter | None = None, **changes: Any
 ) -> Federation:
     """A federation that keeps its versions in `folder`; `strategy` is a dict of strategy settings."""
     strategy = StrategySettings(**changes.pop("strategy", {}))
@@ -71,7 +72,7 @@ def federation(
     return Federation(settings, VersionStore(folder), metrics or MetricsWriter(None), clock or Clock())
 
 
-def started(folder: Path, members: list[Member], clock: Clock | None = None, **changes: Any) -> Federation:
+def started(folder: Path, members: list[Member], clock: Callable[[], float] | None = None, **changes: Any) -> Federation:
     """A federation whose members have joined and watch, with version 0 published."""
     fed = federation(folder, len(members), clock, **changes)
     for member in [*members, edge()]:

@@ -198,7 +198,7 @@ def test_neither_order_nor_cuts_nor_resending_change_the_result(
 ) -> None:
     deltas = {name: adapter(seed, 0.1) for seed, name in enumerate("abc", start=1)}
     with TemporaryDirectory() as folder:
-        members = [device(name, cut=cut, examples=10 * cut**0 + ord(name)) for name, cut in zip("abc", cuts)]
+        members = [device(name, cut=cut, examples=10 + ord(name)) for name, cut in zip("abc", cuts)]
         fed = started(Path(folder), members, strategy={"quorum": 1.0})
         cut_of = dict(zip("abc", cuts))
         for number, (name, role) in enumerate(order):
@@ -236,23 +236,21 @@ def test_successive_submissions_add_up_and_are_one_device_to_the_quorum(tmp_path
         np.testing.assert_allclose(value, adapter(0)[key] + 2 / 3 * a + 1 / 3 * b, rtol=1e-5, atol=1e-6)
 
 
+OTHER_RANK = {AdapterKey(0, "q", "A"): np.ones((8, 3), "f4"), AdapterKey(0, "q", "B"): np.ones((5, 8), "f4")}
+
+
 @pytest.mark.parametrize(
-    ("role", "state", "error", "reason"),
+    ("role", "state", "reason"),
     [
-        ("device", device_half(adapter(1), 2), AdapterError, "1/q/A is unknown"),
-        ("device", {}, AdapterError, "0/q/A is missing"),
-        ("edge", edge_half(adapter(1), 2), AdapterError, "1/q/A is missing"),
-        (
-            "device",
-            {AdapterKey(0, "q", "A"): np.ones((8, 3), "f4"), AdapterKey(0, "q", "B"): np.ones((5, 8), "f4")},
-            AdapterError,
-            "shape",
-        ),
+        ("device", device_half(adapter(1), 2), "1/q/A is unknown"),
+        ("device", {}, "0/q/A is missing"),
+        ("edge", edge_half(adapter(1), 2), "1/q/A is missing"),
+        ("device", OTHER_RANK, r"0/q/A has shape \(8, 3\), expected \(2, 3\)"),
     ],
 )
-def test_a_half_must_be_exactly_that_half(tmp_path: Path, role: Any, state: Any, error: type[Exception], reason: str) -> None:
+def test_a_half_must_be_exactly_that_half(tmp_path: Path, role: Any, state: Any, reason: str) -> None:
     fed = started(tmp_path, [device("a", cut=1)])
-    with pytest.raises(error, match=reason):
+    with pytest.raises(AdapterError, match=reason):
         fed.submit(half(role, "a"), state)
     submit(fed, "a", adapter(1))
     assert fed.version == 1, "a refused half is not remembered"
@@ -357,12 +355,7 @@ def test_the_rest_of_the_pool_is_aggregated_at_the_end_if_the_strategy_says_so(t
     fed.tick()
     assert not fed.finished and fed.version == 0, "when all are away and none is done, they may come back"
     fed.watch_begins("a")
-    fed.watch_begins("b")
-    fed.watch_ends("b")
     fed.leave("a")
-    assert not fed.finished
-    clock.now += 61
-    fed.tick()
     assert fed.finished and fed.version == last
 
 

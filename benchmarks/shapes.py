@@ -1,0 +1,50 @@
+"""Models of a true shape with random weights, made on the spot: no hub is needed, and speed and memory are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+_SHAPES = {
+    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072},
+    "opt-350m": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "ffn_dim": 4096,
+        "word_embed_proj_dim": 512,
+        "do_layer_norm_before": False,
+    },
+    "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
+}
+SHAPES = tuple(_SHAPES)
+
+
+def config_of(shape: str) -> PretrainedConfig:
+    """The configuration of an OPT model, dropout 0 so that two runs of one step can be compared."""
+    return AutoConfig.for_model("opt", **_SHAPES[shape], vocab_size=50272, max_position_embeddings=2048, dropout=0.0)
+
+
+def make_model(shape: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the model and a tokenizer of single words to `folder`, unless they are there; returns it."""
+    if not (folder / "model.safetensors").exists():
+        torch.manual_seed(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype).save_pretrained(folder)
+        vocabulary = {word: index for index, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *map(str, range(1000))])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+        fast.save_pretrained(folder)
+    return folder
+
+
+def write_texts(path: Path, count: int, words: int) -> Path:
+    """`count` different texts of `words` words (one token each), half of either class, as `text;label`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(str((row * 7 + word * 13) % 1000) for word in range(words)) for row in range(count)]
+    path.write_text("".join(f"{line};{'ab'[row % 2]}\n" for row, line in enumerate(lines)), encoding="utf-8")
+    return path

@@ -1,0 +1,256 @@
+"""The federation over real gRPC, with the client that devices and edge servers use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from sfl.adapters import peft_format
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
+from sfl.errors import RefusedError
+from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.service import FederationService
+from sfl.v1 import federation_pb2 as pb
+from sfl.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
+from sfl.wire.adapters import lora_to_wire, to_tensors
+from sfl.wire.channel import serve
+from sfl.wire.federation import FederationClient
+from sfl.wire.frames import Traffic, frames
+from tests.fed_server.made import LAYERS, LORA, adapter, federation, same
+
+PROPOSAL = pb.ProposalHeader(edge="edge", blocks="model.layers", head=["score"], num_layers=LAYERS)
+
+
+def join_request(name: str, role: Any = pb.DEVICE, **changes: Any) -> pb.JoinRequest:
+    """A member that fits `tests.fed_server.made`."""
+    request = pb.JoinRequest(name=name, role=role, task="classification", base_model="base", model_fingerprint="abc")
+    request.lora.CopyFrom(lora_to_wire(LORA))
+    if role == pb.DEVICE:
+        request.MergeFrom(pb.JoinRequest(cut=1, examples=10, columns=["proto"], max_length=32))
+        request.labels.extend(changes.pop("labels", ["benign", "scan"]))
+    for field, value in changes.items():
+        setattr(request, field, value)
+    return request
+
+
+def update(name: str, half: Any, version: int = 0, submission: str = "1") -> pb.UpdateHeader:
+    return pb.UpdateHeader(submission=submission, device=name, half=half, version=version, examples=8, steps=1)
+
+
+@contextmanager
+def serving(fed: Federation, address: str = "127.0.0.1:0", heartbeat_s: float = 10.0) -> Iterator[tuple[str, FederationService]]:
+    """The service on a loop in a thread of its own; gives its address."""
+    loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    found: list[tuple[str, FederationService]] = []
+
+    async def work() -> None:
+        service = FederationService(fed, heartbeat_s)
+        server, bound = serve(address)
+        add_FederationServicer_to_server(service, server)
+        await server.start()
+        found.append((bound, service))
+        ready.set()
+        await stop.wait()
+        await server.stop(0)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(work(),))
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield found[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
+
+
+@contextmanager
+def clients(address: str, *names: str) -> Iterator[list[FederationClient]]:
+    made = [FederationClient(address, name, wait_s=10, give_up_s=10) for name in names]
+    try:
+        yield made
+    finally:
+        for client in made:
+            client.close()
+
+
+def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_a_whole_federation_over_grpc(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2, strategy={"quorum": 1.0})
+    with serving(fed) as (address, service), clients(address, "edge", "a", "b") as (edge, a, b):
+        edge.join(join_request("edge", pb.EDGE))
+        a.join(join_request("a", labels=["scan"]))
+        b.join(join_request("b", labels=["benign"], cut=2))
+        for client in (edge, a, b):
+            agreement = client.agreement(10)
+            assert list(agreement.labels) == ["benign", "scan"] and agreement.policy.triggered.beta == 2.0
+        assert edge.propose(PROPOSAL, adapter(0)) is True
+        assert a.version(0, 10) == 0
+        assert same(a.fetch(0, 0, 1), device_half(adapter(0), 1))
+        assert same(edge.fetch(0, 1), edge_half(adapter(0), 1))
+        for client, name, cut, delta in ((a, "a", 1, adapter(1)), (b, "b", 2, adapter(2))):
+            assert client.submit(update(name, pb.DEVICE), device_half(delta, cut)) is False
+            assert edge.submit(update(name, pb.EDGE), edge_half(delta, cut)) is False
+            assert edge.submit(update(name, pb.EDGE), edge_half(delta, cut)) is True
+        assert edge.version(1, 10) == a.version(1, 10) == b.version(1, 10) == 1
+        result = b.fetch(1)
+        for key, value in result.items():
+            expected = adapter(0)[key] + 0.5 * adapter(1)[key] + 0.5 * adapter(2)[key]
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+        a.leave()
+        b.leave()
+        until(lambda: edge.finished and a.finished and b.finished)
+        sent = edge.traffic.sent + a.traffic.sent + b.traffic.sent
+        until(lambda: service.traffic.received == sent)
+        assert service.traffic.sent == edge.traffic.received + a.traffic.received + b.traffic.received > 0
+    state, layout = peft_format.read(tmp_path / "v1")
+    assert same(state, result) and layout.labels == ("benign", "scan") and layout.columns == ("proto",)
+
+
+def test_an_adapter_of_many_chunks_arrives_whole(tmp_path: Path) -> None:
+    big: AdapterState = {AdapterKey(layer, "q", "A"): np.full((2, 200_000), layer, "f4") for layer in range(LAYERS)}
+    big |= {AdapterKey(layer, "q", "B"): np.zeros((5, 2), "f4") for layer in range(LAYERS)}
+    big[AdapterKey(HEAD, "score", "weight")] = np.ones((2, 5), "f4")
+    with serving(federation(tmp_path, 1)) as (address, _), clients(address, "edge", "a") as (edge, a):
+        edge.join(join_request("edge", pb.EDGE))
+        a.join(join_request("a"))
+        edge.agreement(10)
+        assert edge.propose(PROPOSAL, big)
+        assert same(a.fetch(0), big)
+
+
+def test_every_watcher_is_told_of_a_single_class(tmp_path: Path) -> None:
+    with serving(federation(tmp_path, 1)) as (address, _), clients(address, "edge", "a") as (edge, a):
+        edge.join(join_request("edge", pb.EDGE))
+        a.join(join_request("a", labels=["benign"]))
+        for client in (edge, a):
+            with pytest.raises(RefusedError, match="only one class, 'benign'"):
+                client.agreement(10)
+
+
+def test_refusals_carry_the_reason_and_harm_nobody_else(tmp_path: Path) -> None:
+    with serving(federation(tmp_path, 1)) as (address, _), clients(address, "edge", "a", "b") as (edge, a, b):
+        a.join(join_request("a"))
+        with pytest.raises(RefusedError, match="fingerprint other against abc"):
+            b.join(join_request("b", model_fingerprint="other"))
+        with pytest.raises(RefusedError, match="role 0 is unknown"):
+            b.join(join_request("b", 0))
+        edge.join(join_request("edge", pb.EDGE))
+        edge.agreement(10)
+        with pytest.raises(RefusedError, match="3/q/A is missing"):
+            edge.propose(PROPOSAL, {key: value for key, value in adapter(0).items() if key.layer != 3})
+        assert edge.propose(PROPOSAL, adapter(0))
+        poisoned = device_half(adapter(1), 1)
+        poisoned[AdapterKey(0, "q", "A")][0, 0] = np.nan
+        with pytest.raises(RefusedError, match="not finite"):
+            a.submit(update("a", pb.DEVICE), poisoned)
+        with pytest.raises(RefusedError, match="no version 7"):
+            a.fetch(7)
+        assert a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1)) is False
+
+
+def test_broken_streams_are_refused_and_the_server_goes_on(tmp_path: Path) -> None:
+    with serving(federation(tmp_path, 1)) as (address, _), clients(address, "edge", "a") as (edge, a):
+        a.join(join_request("a"))
+        edge.join(join_request("edge", pb.EDGE))
+        edge.agreement(10)
+        edge.propose(PROPOSAL, adapter(0))
+        whole = pb.AdapterMessage(update=update("a", pb.DEVICE))
+        parts = list(frames(whole, to_tensors(device_half(adapter(1), 1)), Traffic()))
+        huge = pb.AdapterMessage(update=update("a", pb.DEVICE))
+        huge.tensors.add(name="0/q/A", dtype=1, codec=1, shape=[2**28], byte_length=2**30)
+        with grpc.insecure_channel(address) as channel:
+            stub = FederationStub(channel)
+            for stream, reason in (
+                (parts[:1], "ended before the last byte"),
+                (parts[1:], "more bytes"),
+                ([], "ended before"),
+                ([huge], "more than the"),
+                ([pb.AdapterMessage(proposal=PROPOSAL)], "expected a message of kind 'update'"),
+            ):
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.Submit(iter(stream), timeout=10)
+                assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and reason in str(caught.value.details())
+        assert a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1)) is False
+
+
+def test_a_watch_starts_with_the_state_beats_and_ends_with_its_caller(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2, time.monotonic, away_after_s=0.001)
+    with serving(fed, heartbeat_s=0.05) as (address, _), grpc.insecure_channel(address) as channel:
+        stub = FederationStub(channel)
+        with pytest.raises(grpc.RpcError, match="has not joined"):
+            next(stub.Watch(pb.WatchRequest(name="a")))
+        stub.Join(join_request("a"))
+        watch = stub.Watch(pb.WatchRequest(name="a"), timeout=10)
+        assert next(watch).waiting == pb.Waiting(joined=1, expected=2)
+        assert next(watch).WhichOneof("body") == next(watch).WhichOneof("body") == "heartbeat"
+        assert fed._roster.present_devices() == {"a"}
+        watch.cancel()
+        until(lambda: not fed._roster.present_devices())
+
+
+def test_clients_come_back_to_a_server_that_was_started_anew(tmp_path: Path) -> None:
+    with serving(federation(tmp_path, 1)) as (address, _):
+        made = [FederationClient(address, name, wait_s=10, give_up_s=30) for name in ("edge", "a")]
+        edge, a = made
+        edge.join(join_request("edge", pb.EDGE))
+        a.join(join_request("a"))
+        edge.agreement(10)
+        edge.propose(PROPOSAL, adapter(0))
+    try:
+        with serving(federation(tmp_path, 1), address):
+            a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1))
+            edge.submit(update("a", pb.EDGE), edge_half(adapter(1), 1))
+            assert a.version(1, 20) == 1
+            assert same(a.fetch(1), total(adapter(0), adapter(1)))
+    finally:
+        for client in made:
+            client.close()
+
+
+def test_the_daemon_serves_without_torch_and_ends_on_sigterm(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = (
+        "import sys; from sfl.settings import FedSettings; from sfl.fed_server.daemon import run;"
+        f"run(FedSettings(devices=1, listen='127.0.0.1:{port}', out={str(tmp_path)!r}));"
+        "print(sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            with clients(f"127.0.0.1:{port}", "a") as (a,):
+                a.join(join_request("a"))
+                assert a.agreement(10).max_length == 32
+            process.send_signal(signal.SIGTERM)
+            output, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    assert output.strip() == "[]"
+    assert f"federation server fed listens on 127.0.0.1:{port}" in errors
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["join", "end"]
+    assert events[-1]["version"] is None and events[-1]["peak_rss_mb"] > 1
