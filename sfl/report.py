@@ -81,7 +81,7 @@ def draw_losses(path: Path, curves: Sequence[Curve], title: str) -> None:
         top.set_title(title, loc="left", fontsize=12, color=_INK)
         top.set_ylabel("training loss", color=_MUTED)
         top.set_ylim(bottom=0)
-        top.legend(frameon=False, loc="upper right", ncols=min(len(curves), 4))
+        top.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=4)
         bottom.set_xlabel("local step", color=_MUTED)
         bottom.set_yticks(range(len(curves)), [curve.name for curve in curves] if len(curves) <= _MANY else [""] * len(curves))
         bottom.set_ylim(len(curves) - 0.5, -0.5)
@@ -107,9 +107,12 @@ def _draw_versions(axes: Any, index: int, curve: Curve, colour: str, numbered: b
     """One line of a device's life, with a mark where it adopted a version."""
     if curve.steps:
         axes.plot([curve.steps[0], curve.steps[-1]], [index, index], color=_GRID, linewidth=1, zorder=1)
-    for step, version in curve.adopted:
-        axes.plot([step], [index], marker="o", markersize=11 if numbered else 4, color=colour, markeredgecolor="white", zorder=2)
-        if numbered:
+    room = 0.025 * max(len(curve.steps), 1)  # steps that a number takes
+    for place, (step, version) in enumerate(curve.adopted):
+        last_for_a_while = place + 1 == len(curve.adopted) or curve.adopted[place + 1][0] - step >= room
+        size = 11 if numbered and last_for_a_while else 4
+        axes.plot([step], [index], marker="o", markersize=size, color=colour, markeredgecolor="white", zorder=2)
+        if numbered and last_for_a_while:
             axes.annotate(
                 str(version),
                 (step, index),

@@ -32,11 +32,11 @@ class DemoOptions:
     data: tuple[Path, ...] = ()
     devices: int | None = None
     cuts: tuple[int, ...] = (2,)
-    steps: int = 60
+    steps: int = 80
     batch_size: int = 8
     max_length: int = 64
     lora_rank: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     optimizer: str = "adamw"
     strategy: str = "gsfs"
     shuffle: bool = True

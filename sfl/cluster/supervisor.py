@@ -45,10 +45,14 @@ class Supervisor:
     kernel kills them even when this process is killed.
     """
 
-    def __init__(self, programs: Sequence[Program], env: Mapping[str, str] | None = None, grace_s: float = 5.0) -> None:
+    def __init__(
+        self, programs: Sequence[Program], env: Mapping[str, str] | None = None, grace_s: float = 5.0, finish_s: float = 30.0
+    ) -> None:
+        """`env` is the programs' environment, None for this process's. `grace_s`: seconds from SIGTERM to SIGKILL when a run is
+        broken off; `finish_s`: seconds that a server may take to end in order when all is done."""
         self._programs = list(programs)
         self._env = None if env is None else dict(env)
-        self._grace_s = grace_s
+        self._grace_s, self._finish_s = grace_s, finish_s
         self._children: list[tuple[Program, subprocess.Popen[bytes]]] = []
         self._signals = 0
 
@@ -113,12 +117,12 @@ class Supervisor:
                 raise ChildError(_obituary(program, code))
 
     def _wait_for_end(self, program: Program, child: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + self._grace_s
+        deadline = time.monotonic() + self._finish_s
         while child.poll() is None:
             if self._signals:
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
-                raise ChildError(f"{program.name} did not end within {self._grace_s:g} s of SIGTERM; see {program.log}")
+                raise ChildError(f"{program.name} did not end within {self._finish_s:g} s of SIGTERM; see {program.log}")
             time.sleep(TICK_S / 5)
         if child.returncode != 0:
             raise ChildError(_obituary(program, child.returncode))

@@ -115,8 +115,8 @@ def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) 
     with pytest.raises(ChildError, match="bad failed"):
         supervisor.run()
     assert gone(supervisor.pids())
-    polite = Supervisor([stubborn, program(tmp_path, "good", ready.replace("sys.exit(1)", ""))], grace_s=0.6)
-    with pytest.raises(ChildError, match=r"stubborn did not end within 0.6 s of SIGTERM"):
+    polite = Supervisor([stubborn, program(tmp_path, "good", ready.replace("sys.exit(1)", ""))], grace_s=0.6, finish_s=0.4)
+    with pytest.raises(ChildError, match=r"stubborn did not end within 0.4 s of SIGTERM"):
         polite.run()
     assert gone(polite.pids())
 
