@@ -24,7 +24,7 @@ from sfl.data.split import drop_repeats
 from sfl.errors import AdapterError, DataError, ModelError
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_task_model, load_tokenizer
-from sfl.model.metrics import Indices, accuracy, macro_f1
+from sfl.model.metrics import accuracy, f1_by_class, macro_f1
 from sfl.model.tasks import make_labels, score
 
 
@@ -92,12 +92,14 @@ def evaluate(
     if encoded.labels is None:
         return Result(loss_sum / count, count)
     guesses = np.array(predicted, dtype=np.int64)
+    f1 = f1_by_class(encoded.labels, guesses)
+    counts = np.bincount(encoded.labels, minlength=len(layout.labels))
     return Result(
         loss_sum / count,
         count,
         accuracy(encoded.labels, guesses),
         macro_f1(encoded.labels, guesses),
-        tuple(_class_result(name, index, encoded.labels, guesses) for index, name in enumerate(layout.labels)),
+        tuple(ClassResult(name, int(counts[index]), f1.get(index, 0.0)) for index, name in enumerate(layout.labels)),
     )
 
 
@@ -150,9 +152,3 @@ def _task(layout: AdapterLayout) -> Task:
     if layout.task == "causal-lm":
         return "causal-lm"
     raise AdapterError(f"the adapter was trained for the unknown task '{layout.task}'")
-
-
-def _class_result(label: str, index: int, truth: Indices, predicted: Indices) -> ClassResult:
-    true, found = truth == index, predicted == index
-    either = int(true.sum()) + int(found.sum())
-    return ClassResult(label, int(true.sum()), 2 * int((true & found).sum()) / either if either else 0.0)

@@ -6,9 +6,11 @@ nothing but its settings and seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sfl.adapters.state import AdapterState
 from sfl.device.prepare import PreparedDevice
@@ -91,6 +93,7 @@ class Simulated:
 @dataclass(frozen=True)
 class _Running:
     run: DeviceRun
+    seed: int
     trainer: DeviceTrainer
     edge: LocalEdge
 
@@ -142,11 +145,11 @@ def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, o
     metrics = MetricsWriter(out / settings.name / "metrics.jsonl")
     plan = device.plan(federation.agreement.labels)
     trainer = DeviceTrainer(half, adapter, edge, settings.task)
-    return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), trainer, edge)
+    return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), settings.seed, trainer, edge)
 
 
 def _take_turns(running: Mapping[str, _Running], federation: Federation) -> None:
-    going = {name: iter(device.run) for name, device in running.items()}
+    going = {name: _own_chance(device.run, device.seed) for name, device in running.items()}
     while going:
         trained = False
         version = federation.version
@@ -158,3 +161,17 @@ def _take_turns(running: Mapping[str, _Running], federation: Federation) -> None
                 federation.leave(name)
         if going and not trained and federation.version == version:
             raise SflError(f"{', '.join(going)} wait for a version that nobody will bring about")
+
+
+def _own_chance(run: DeviceRun, seed: int) -> Iterator[Progress]:
+    """`run`, what is random in it (dropout) drawn as in a process of its own that was seeded with `seed`."""
+    steps = iter(run)
+    state = torch.Generator().manual_seed(seed).get_state()
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            progress = next(steps, None)
+            state = torch.get_rng_state()
+        if progress is None:
+            return
+        yield progress

@@ -46,7 +46,11 @@ class GrpcEdgeLink:
         self._stream: _Stream | None = None
         self._channel = dial(address, PEER, wait_s)
         self._stub = SplitTrainingStub(self._channel)
-        self._ask(None)
+        try:
+            self._ask(None)
+        except BaseException:
+            self.hang_up()
+            raise
 
     def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
         reply, tensors = self._ask(DeviceMessage(step=pb.Step(step=step, version=version)), batch_to_wire(batch))
@@ -108,8 +112,8 @@ class GrpcEdgeLink:
         self._require(reply, "opened")
         if reply.opened.last_step < self._steps_done:
             raise RefusedError(
-                f"{PEER} knows this session only up to step {reply.opened.last_step}, not {self._steps_done}: it was restarted"
-                " and its half of the adapter is lost; start the device again"
+                f"{PEER} knows this session only up to step {reply.opened.last_step}, not {self._steps_done}: it was restarted,"
+                " or this device was gone for too long, and its half of the adapter is lost; start the device again"
             )
         return reply
 
@@ -125,25 +129,34 @@ def _fresh(message: DeviceMessage) -> DeviceMessage:
 
 
 class _Stream:
-    """One gRPC stream: frames out through a queue, frames in through a reader thread, so that every wait has an end."""
+    """One gRPC stream: frames out through a queue, frames in through a reader thread, so that every wait has an end.
+
+    Frames that still go out are a sign of life as much as frames that come in: a slow uplink is no silent edge.
+    """
 
     def __init__(self, stub: SplitTrainingStub, traffic: Traffic) -> None:
         self._traffic = traffic
         self._assembler: Assembler[EdgeMessage] = Assembler(traffic)
         self._outgoing: queue.SimpleQueue[DeviceMessage | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[EdgeMessage | grpc.RpcError | None] = queue.SimpleQueue()
+        self._alive = time.monotonic()
         self._call = stub.Train(self._requests())
         threading.Thread(target=self._read, name="edge-stream", daemon=True).start()
 
     def exchange(self, message: DeviceMessage, tensors: Sequence[RawTensor]) -> tuple[EdgeMessage, list[RawTensor]]:
         """Send a message and wait for the answer. Raises `UnreachableError` when the stream broke or went silent."""
+        self._alive = time.monotonic()
         for frame in frames(message, tensors, self._traffic):
             self._outgoing.put(frame)
         while True:
+            left = self._alive + SILENCE_S - time.monotonic()
+            if left <= 0:
+                raise UnreachableError(f"{PEER} was silent for {SILENCE_S:g} s")
             try:
-                frame_in = self._incoming.get(timeout=SILENCE_S)
+                frame_in = self._incoming.get(timeout=left)
             except queue.Empty:
-                raise UnreachableError(f"{PEER} was silent for {SILENCE_S:g} s") from None
+                continue
+            self._alive = time.monotonic()
             if frame_in is None:
                 raise UnreachableError(f"{PEER} ended the stream")
             if isinstance(frame_in, grpc.RpcError):
@@ -160,6 +173,7 @@ class _Stream:
 
     def _requests(self) -> Iterator[DeviceMessage]:
         while (frame := self._outgoing.get()) is not None:
+            self._alive = time.monotonic()
             yield frame
 
     def _read(self) -> None:

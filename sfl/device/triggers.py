@@ -50,7 +50,8 @@ class GradientTrigger:
         """Take one step's norms; True if any layer fires."""
         fired = False
         for layer, norm in layer_norms.items():
-            mu = self._alpha * self._mu.get(layer, norm) + (1 - self._alpha) * norm
+            mu = self._mu.get(layer, norm)
+            mu += (1 - self._alpha) * (norm - mu)  # equation 9 so written that equal norms leave mu equal, to the bit
             sigma = self._alpha * self._sigma.get(layer, 0.0) + (1 - self._alpha) * abs(norm - mu)
             self._mu[layer], self._sigma[layer] = mu, sigma
             fired = fired or norm > mu + self._beta * sigma
@@ -96,21 +97,24 @@ class PerformanceTrigger:
 
 
 class TriggeredUploads:
-    """GSFS: upload when either trigger fires, at least `min_steps` steps apart, and never wait."""
+    """GSFS: upload when either trigger fires, at least `min_steps` steps apart, and never wait.
+
+    With `validate_every` 0 nothing is validated and the performance trigger never fires.
+    """
 
     waits = False
-    validates = True
 
     def __init__(self, policy: Triggered) -> None:
+        self.validates = policy.validate_every > 0
         self._gradient = GradientTrigger(policy.alpha, policy.beta)
         self._performance = PerformanceTrigger(policy.metric, policy.threshold, policy.threshold_growth, policy.threshold_decay)
         self._min_steps = policy.min_steps
-        self._validate_every = max(policy.validate_every, 1)
+        self._validate_every = policy.validate_every
         self._steps = 0
 
     def validation_due(self) -> bool:
         steps = self._steps + 1
-        return steps >= self._min_steps and steps % self._validate_every == 0
+        return self.validates and steps >= self._min_steps and steps % self._validate_every == 0
 
     def after_step(self, layer_norms: Mapping[int, float], figures: Figures | None) -> str | None:
         self._steps += 1

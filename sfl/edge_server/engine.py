@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, edge_half
 from sfl.errors import RefusedError, WireError
 from sfl.model.cut import EdgeHalf, check_cut
+from sfl.model.load import check_max_length
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import AdapterSlots
 from sfl.model.tasks import IGNORED, score
@@ -27,6 +29,7 @@ class Session:
     last_result: StepResult | None = None
     last_submission: str = ""
     progress: AdapterState | None = None  # of `last_submission`
+    closed: bool = False  # the device said that it is done
 
 
 class EdgeEngine:
@@ -84,25 +87,28 @@ class EdgeEngine:
     def step(self, session: Session, step: int, version: int, batch: CutBatch) -> StepResult:
         """Forward from the cut, backward to it, one optimiser step. The last step asked again is answered again.
 
-        Raises `WireError` when the version is not the session's, the step not the next one, or a label is none.
+        Raises `WireError` when the version is not the session's, the step not the next one, a label is none or the loss is
+        not finite, and `ModelError` for more tokens than the model takes. Nothing has been trained then.
         """
         self._require_version(session, version)
         if step == session.last_step and session.last_result is not None:
             return session.last_result
         if step != session.last_step + 1:
             raise WireError(f"step {step} of {session.request.device} came, step {session.last_step + 1} was due")
-        self._require_labels(batch)
+        self._require_inputs(batch)
         activation = batch.activation.requires_grad_()
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(session.random_state)
             self._half.train()
             session.adapter.mount()
             loss, _ = self._half(activation, batch.attention_mask, batch.labels, session.request.cut)
+            if not math.isfinite(loss.item()):
+                raise WireError(f"the loss of step {step} is {loss.item()}: lower the learning rate, and give some token a label")
             loss.backward()
             session.random_state = torch.get_rng_state()
-        norms = session.adapter.layer_norms()
+        norms, gradient = session.adapter.layer_norms(), _gradient(activation)
         session.adapter.step()
-        result = StepResult(step, version, loss.item(), norms, _gradient(activation))
+        result = StepResult(step, version, loss.item(), norms, gradient)
         session.last_step, session.last_result = step, result
         return result
 
@@ -110,7 +116,7 @@ class EdgeEngine:
     def evaluate(self, session: Session, version: int, batch: CutBatch) -> Evaluation:
         """Loss, and for classification logits, of a batch; nothing is trained. Raises as `step` does."""
         self._require_version(session, version)
-        self._require_labels(batch)
+        self._require_inputs(batch)
         self._half.eval()
         session.adapter.mount()
         loss, logits = self._half(batch.activation, batch.attention_mask, batch.labels, session.request.cut)
@@ -153,14 +159,15 @@ class EdgeEngine:
                 f" {session.adapter.version}: adopt first"
             )
 
-    def _require_labels(self, batch: CutBatch) -> None:
-        """A label outside of the classes or the vocabulary would be read out of bounds by the loss."""
-        config = self._half.config
+    def _require_inputs(self, batch: CutBatch) -> None:
+        """Positions and labels that the model does not have would be read out of bounds, which on a GPU ends the process."""
+        config, labels = self._half.config, batch.labels
+        check_max_length(config, batch.activation.shape[1])
         if self.task == "classification":
-            lowest, count, what = 0, int(config.num_labels or 0), "class indices"
+            count, what = int(config.num_labels or 0), "class indices"
         else:
-            lowest, count, what = IGNORED, int(config.vocab_size), "token ids"
-        if int(batch.labels.min()) < lowest or int(batch.labels.max()) >= count:
+            count, what, labels = int(config.vocab_size), "token ids", labels[labels != IGNORED]
+        if ((labels < 0) | (labels >= count)).any():
             raise WireError(f"labels must be {what} below {count}; some are not")
 
 

@@ -21,7 +21,7 @@ from sfl.v1.split_pb2_grpc import SplitTrainingServicer
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Assembler, Traffic, frames
-from sfl.wire.split import batch_from_wire, evaluation_to_wire, open_from_wire, step_to_wire
+from sfl.wire.split import StepResult, batch_from_wire, evaluation_to_wire, open_from_wire, step_to_wire
 from sfl.wire.tensors import RawTensor
 
 Answer = tuple[EdgeMessage, list[RawTensor]]
@@ -52,7 +52,8 @@ class SplitService(SplitTrainingServicer):
         self._metrics = metrics
         self._keep_s = keep_s
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
-        self._uploads: dict[str, set[asyncio.Task[None]]] = {}
+        self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
+        self._uploads: dict[str, list[asyncio.Task[None]]] = {}  # session -> its halves on their way
 
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
@@ -96,26 +97,40 @@ class SplitService(SplitTrainingServicer):
         return await self._close(session)
 
     async def _open(self, stream: _Stream, message: split_pb2.Open) -> Answer:
+        if stream.session is not None:
+            raise WireError("a stream speaks for one session, and this one has opened it before")
         request = open_from_wire(message)
         session = self._engine.resume(request)
         if session is None:
             self._engine.check(request)
             state = await self._versions.get(request.version)
+            session = self._engine.resume(request)  # by another stream of the device in the meantime
+        if session is None:
             session = self._engine.open(request, state)
             log.info("%s opened a session at cut %d with version %d", request.device, request.cut, request.version)
         else:
             log.info("%s is back after step %d", request.device, session.last_step)
         stream.session = session
         self._streams[request.device] = stream
+        self._stop_expiry(request.device)
         return EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step, version=session.adapter.version)), []
 
     async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
         batch = batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
-        clock = asyncio.get_running_loop().time
-        arrived = clock()
-        started, result = await self._compute(
-            session, lambda: (clock(), self._engine.step(session, message.step, message.version, batch))
-        )
+        loop = asyncio.get_running_loop()
+        arrived = loop.time()
+
+        def compute() -> StepResult:
+            started, before = loop.time(), session.last_step
+            result = self._engine.step(session, message.step, message.version, batch)
+            if session.last_step > before:  # and so not answered again; counted even if the device is gone by now
+                loop.call_soon_threadsafe(self._count, session, result, loop.time() - started, started - arrived)
+            return result
+
+        done, answer = step_to_wire(await self._compute(session, compute))
+        return EdgeMessage(step=done), answer
+
+    def _count(self, session: Session, result: StepResult, wall_s: float, queue_s: float) -> None:
         self.steps += 1
         self._metrics.write(
             "step",
@@ -123,11 +138,9 @@ class SplitService(SplitTrainingServicer):
             step=result.step,
             version=result.version,
             loss=result.loss,
-            wall_s=round(clock() - started, 6),
-            queue_s=round(started - arrived, 6),
+            wall_s=round(wall_s, 6),
+            queue_s=round(queue_s, 6),
         )
-        done, answer = step_to_wire(result)
-        return EdgeMessage(step=done), answer
 
     async def _evaluate(self, session: Session, message: split_pb2.Evaluate, tensors: list[RawTensor]) -> Answer:
         batch = batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
@@ -140,8 +153,7 @@ class SplitService(SplitTrainingServicer):
         if message.submission != session.last_submission:
             progress = self._engine.take_progress(session, message.submission, message.version)
             upload = asyncio.create_task(self._upload(device, message, progress))
-            pending = self._uploads.setdefault(device, set())
-            pending.add(upload)
+            self._uploads.setdefault(session.request.session, []).append(upload)
             self._metrics.write("submit", device=device, submission=message.submission, version=message.version)
         return EdgeMessage(submitted=split_pb2.HalfTaken(submission=message.submission)), []
 
@@ -149,7 +161,11 @@ class SplitService(SplitTrainingServicer):
         header = federation_pb2.UpdateHeader(
             submission=message.submission, device=device, half=federation_pb2.EDGE, version=message.version
         )
-        await asyncio.to_thread(self._federation.submit, header, progress)
+        try:
+            await asyncio.to_thread(self._federation.submit, header, progress)
+        except SflError as error:
+            log.error("the edge's half of %s's submission %s is lost: %s", device, message.submission, error)
+            raise
 
     async def _adopt(self, session: Session, message: split_pb2.Adopt) -> Answer:
         if message.version != session.adapter.version:
@@ -159,14 +175,18 @@ class SplitService(SplitTrainingServicer):
         return EdgeMessage(adopted=split_pb2.Adopted(version=message.version)), []
 
     async def _close(self, session: Session) -> Answer:
-        """Wait until the federation server has this device's halves: only then is the device done."""
-        uploads = self._uploads.pop(session.request.device, set())
-        for outcome in await asyncio.gather(*uploads, return_exceptions=True):
-            if isinstance(outcome, SflError):
-                raise RefusedError(f"a submitted half did not reach the federation server: {outcome}")
-            if isinstance(outcome, BaseException):
-                raise outcome
-        self._engine.close(session)
+        """Wait until the federation server has this device's halves: only then is the device done.
+
+        The session stays as if the device had gone: should this answer be lost, it comes back and closes once more.
+        """
+        uploads = self._uploads.get(session.request.session, [])
+        if uploads:
+            await asyncio.wait(uploads)
+        for upload in uploads:
+            if isinstance(error := upload.exception(), SflError):
+                raise RefusedError(f"a submitted half did not reach the federation server: {error}")
+            upload.result()
+        session.closed = True
         log.info("%s closed its session after step %d", session.request.device, session.last_step)
         return EdgeMessage(closed=split_pb2.Closed()), []
 
@@ -187,13 +207,19 @@ class SplitService(SplitTrainingServicer):
             return
         device = session.request.device
         del self._streams[device]
-        if self._engine.is_open(session):
+        if not session.closed:
             log.warning("%s is gone after step %d; its session is kept for %g s", device, session.last_step, self._keep_s)
-            asyncio.get_running_loop().call_later(self._keep_s, self._forget, session)
+        self._stop_expiry(device)
+        self._expiries[device] = asyncio.get_running_loop().call_later(self._keep_s, self._forget, session)
+
+    def _stop_expiry(self, device: str) -> None:
+        if (expiry := self._expiries.pop(device, None)) is not None:
+            expiry.cancel()
 
     def _forget(self, session: Session) -> None:
-        if session.request.device not in self._streams:
-            self._engine.close(session)
+        del self._expiries[session.request.device]
+        self._uploads.pop(session.request.session, None)
+        self._engine.close(session)
 
 
 class _Stream:

@@ -21,15 +21,14 @@ class EdgeVersions:
     async def get(self, version: int) -> AdapterState:
         """Version `version`; devices that ask for it at once share one fetch. Raises as `FederationClient.fetch` does."""
         fetch = self._fetches.get(version)
-        if fetch is None:
+        if fetch is None or _failed(fetch):
             fetch = asyncio.create_task(asyncio.to_thread(self._federation.fetch, version, self._lowest_cut))
             self._fetches[version] = fetch
             for old in sorted(self._fetches)[:-_KEPT]:
                 if self._fetches[old].done():
                     del self._fetches[old]
-        try:
-            return await asyncio.shield(fetch)
-        except Exception:
-            if self._fetches.get(version) is fetch:
-                del self._fetches[version]  # so that the next one asks anew
-            raise
+        return await asyncio.shield(fetch)
+
+
+def _failed(fetch: asyncio.Task[AdapterState]) -> bool:
+    return fetch.done() and (fetch.cancelled() or fetch.exception() is not None)

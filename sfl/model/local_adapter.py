@@ -28,7 +28,8 @@ class LocalAdapter:
         self._anchor = self.values()
 
     def mount(self) -> None:
-        """Make the half that all share compute with this adapter."""
+        """Make the half that all share compute with this adapter; gradients that a failed step left are dropped."""
+        self._optimizer.zero_grad(set_to_none=True)
         self._slots.mount(self._parameters)
 
     def values(self) -> AdapterState:

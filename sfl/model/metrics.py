@@ -16,14 +16,19 @@ def accuracy(truth: Indices, predicted: Indices) -> float:
     return float(np.mean(truth == predicted))
 
 
-def macro_f1(truth: Indices, predicted: Indices) -> float:
-    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), each class that occurs in truth or prediction counted once."""
+def f1_by_class(truth: Indices, predicted: Indices) -> dict[int, float]:
+    """F1 = 2 TP / (2 TP + FP + FN) of each class that occurs in truth or prediction, by class index."""
     _require_pairs(truth, predicted)
-    scores = []
+    scores = {}
     for label in np.union1d(truth, predicted):
         true, found = truth == label, predicted == label
-        scores.append(2 * np.sum(true & found) / (np.sum(true) + np.sum(found)))  # TP+FN and TP+FP
-    return float(np.mean(scores))
+        scores[int(label)] = float(2 * np.sum(true & found) / (np.sum(true) + np.sum(found)))  # TP+FN and TP+FP
+    return scores
+
+
+def macro_f1(truth: Indices, predicted: Indices) -> float:
+    """Mean of `f1_by_class`, each class counted once."""
+    return float(np.mean(list(f1_by_class(truth, predicted).values())))
 
 
 def _require_pairs(truth: Indices, predicted: Indices) -> None:

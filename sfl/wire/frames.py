@@ -63,9 +63,8 @@ class Assembler(Generic[Frame]):
         self._traffic = traffic
         self._max_bytes = max_bytes
         self._message: Frame | None = None
-        self._buffers: list[bytearray] = []
+        self._buffers: list[bytearray] = []  # they grow as bytes arrive: an announcement alone takes no memory
         self._tensor = 0  # index of the tensor that is being filled
-        self._filled = 0  # bytes of it that are there
 
     def feed(self, frame: Frame) -> tuple[Frame, list[RawTensor]] | None:
         """Take one frame; return the whole message with its tensors once its last byte is there, else None.
@@ -93,27 +92,29 @@ class Assembler(Generic[Frame]):
         if announced > self._max_bytes:
             raise WireError(f"a message announces {announced} bytes, more than the {self._max_bytes} allowed")
         self._message = message
-        self._buffers = [bytearray(header.byte_length) for header in message.tensors]
-        self._tensor = self._filled = 0
+        self._buffers = [bytearray() for _ in message.tensors]
+        self._tensor = 0
 
     def _fill(self, chunk: memoryview) -> None:
         while chunk.nbytes:
-            while self._tensor < len(self._buffers) and self._filled == len(self._buffers[self._tensor]):
-                self._tensor, self._filled = self._tensor + 1, 0
-            if self._message is None or self._tensor == len(self._buffers):
+            due = self._due()
+            if not due:
                 raise WireError("more bytes arrived than were announced")
-            buffer = self._buffers[self._tensor]
-            part = chunk[: len(buffer) - self._filled]
-            buffer[self._filled : self._filled + part.nbytes] = part
-            self._filled += part.nbytes
+            part = chunk[:due]
+            self._buffers[self._tensor] += part
             chunk = chunk[part.nbytes :]
 
+    def _due(self) -> int:
+        """Bytes that are still missing of the tensor that is being filled; 0 when nothing is."""
+        while self._message is not None and self._tensor < len(self._buffers):
+            due = self._message.tensors[self._tensor].byte_length - len(self._buffers[self._tensor])
+            if due:
+                return due
+            self._tensor += 1
+        return 0
+
     def _complete(self) -> tuple[Frame, list[RawTensor]] | None:
-        if self._message is None:
-            return None
-        while self._tensor < len(self._buffers) and self._filled == len(self._buffers[self._tensor]):
-            self._tensor, self._filled = self._tensor + 1, 0
-        if self._tensor < len(self._buffers):
+        if self._message is None or self._due():
             return None
         message, buffers = self._message, self._buffers
         self._message, self._buffers = None, []

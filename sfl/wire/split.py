@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -95,12 +96,16 @@ def open_to_wire(request: SessionRequest) -> pb.Open:
 
 
 def open_from_wire(message: pb.Open) -> SessionRequest:
-    """Raises `WireError` for a name that is missing or an optimiser that is unknown."""
+    """Raises `WireError` for a name that is missing or an optimiser that is unknown or cannot work."""
     if not message.session or not message.device:
         raise WireError("a session and its device must have a name")
     name = message.optimizer.name
     if name not in ("adamw", "sgd"):
         raise WireError(f"unknown optimizer '{name}': adamw and sgd are known")
+    for what in ("learning_rate", "weight_decay"):
+        value: float = getattr(message.optimizer, what)
+        if not 0 <= value < math.inf:
+            raise WireError(f"the optimizer's {what} is {value}: it must be a number, 0 or above")
     return SessionRequest(
         session=message.session,
         device=message.device,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sfl.errors import WireError
 from sfl.v1 import tensor_pb2 as pb
 
+_MAX_DIMENSIONS, _MAX_ITEMS = 8, 2**40  # more than any tensor has, less than an array can have
 ITEM_BYTES: dict[pb.DType, int] = {pb.FLOAT32: 4, pb.BFLOAT16: 2, pb.FLOAT16: 2, pb.INT64: 8}
 _NUMPY: dict[pb.DType, str] = {pb.FLOAT32: "<f4", pb.FLOAT16: "<f2", pb.INT64: "<i8"}
 _NAMES: dict[str, pb.DType] = {np.dtype(code).str: dtype for dtype, code in _NUMPY.items()}
@@ -41,6 +42,8 @@ def check_header(header: pb.TensorHeader) -> None:
         raise WireError(f"tensor '{header.name}' has dtype {header.dtype}, which this version does not know")
     if any(size < 0 for size in header.shape):
         raise WireError(f"tensor '{header.name}' has a negative size in its shape {list(header.shape)}")
+    if len(header.shape) > _MAX_DIMENSIONS or math.prod(max(size, 1) for size in header.shape) > _MAX_ITEMS:
+        raise WireError(f"tensor '{header.name}' has a shape that no tensor has: {list(header.shape)[: _MAX_DIMENSIONS + 1]}")
     expected = math.prod(header.shape) * ITEM_BYTES[header.dtype]
     if header.byte_length != expected:
         raise WireError(
