@@ -79,9 +79,7 @@ def federated(strategy: StrategySettings, devices: Sequence[DeviceSettings], tes
         federation = simulate(fed, devices, out).federation
         version = federation.version or 0
         result = evaluate(devices[0].model, out / "adapters" / f"v{version}", test)
-        uploaded = sum(
-            event["bytes"] for device in devices for event in _events(out / device.name / "metrics.jsonl", "submit")
-        )
+        uploaded = sum(event["bytes"] for device in devices for event in _events(out / device.name / "metrics.jsonl", "submit"))
         uploads = federation.submissions
         uploaded = uploads * federation.adapter_bytes
     return Outcome(
@@ -173,7 +171,9 @@ def main() -> None:
         train = [example for split in splits for example in split.train]
         test = [example for split in splits for example in split.test]
         if seed == 0:
-            print(f"{len(devices)} devices, {len(train)} training flows, {len(test)} test flows, {args.steps} steps of {args.batch_size}")
+            print(
+                f"{len(devices)} devices, {len(train)} training flows, {len(test)} test flows, {args.steps} steps of {args.batch_size}"
+            )
         for name in args.strategies.split(","):
             if name == "centralised":
                 outcome = centralised(devices, train, test, seed)

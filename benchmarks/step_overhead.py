@@ -72,7 +72,20 @@ def servers(model: str, folder: Path, threads: int) -> Iterator[tuple[str, str]]
     common = [sys.executable, "-m", "sfl.cli.main"]
     commands = [
         [*common, "fed", "--listen", fed, "--devices", "1", "--out", str(folder / "fed"), "--strategy.name", "fedavg"],
-        [*common, "edge", "--listen", edge, "--federation", fed, "--model", model, "--threads", str(threads), "--out", str(folder / "edge")],
+        [
+            *common,
+            "edge",
+            "--listen",
+            edge,
+            "--federation",
+            fed,
+            "--model",
+            model,
+            "--threads",
+            str(threads),
+            "--out",
+            str(folder / "edge"),
+        ],
     ]
     logs = (folder / "servers.log").open("w")
     children = [subprocess.Popen(command, stderr=logs, stdout=logs) for command in commands]
@@ -167,7 +180,9 @@ def main() -> None:
         folder = Path(name)
         if args.only != "opt-350m":
             (folder / "minilm").mkdir()
-            measure(Case("MiniLM", str(default_model("classification")), 2, 16, 64), 2 * args.pairs, args.threads, folder / "minilm")
+            measure(
+                Case("MiniLM", str(default_model("classification")), 2, 16, 64), 2 * args.pairs, args.threads, folder / "minilm"
+            )
         if args.only != "minilm":
             model = make_model("opt-350m", folder / "model")
             (folder / "opt").mkdir()

@@ -72,8 +72,9 @@ class StrategySettings(Settings):
 
     name: Literal["gsfs", "gsfs-printed", "fedavg"] = Field("gsfs", description="strategy")
     quorum: float = Field(0.6, gt=0, le=1, description="fraction of the devices whose updates make a new version")
-    weights: Literal["frequency", "examples", "both"] | None = Field(
-        None, description="a device's weight: share of submissions, share of examples, or their product"
+    weights: Literal["frequency", "examples", "share"] | None = Field(
+        None,
+        description="a device's weight: its share of the pool's submissions, of the pool's examples, or of all examples",
     )
     keep_progress: bool | None = Field(None, description="keep what was learnt and not uploaded when a new version is adopted")
     final_upload: bool | None = Field(None, description="upload once more after the last step")

@@ -53,7 +53,7 @@ class SplitService(SplitTrainingServicer):
         self._keep_s = keep_s
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
-        self._uploads: dict[str, list[asyncio.Task[None]]] = {}  # session -> its halves on their way
+        self._uploads: dict[str, list[asyncio.Task[SflError | None]]] = {}  # session -> its halves on their way
 
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
@@ -157,7 +157,8 @@ class SplitService(SplitTrainingServicer):
             self._metrics.write("submit", device=device, submission=message.submission, version=message.version)
         return EdgeMessage(submitted=split_pb2.HalfTaken(submission=message.submission)), []
 
-    async def _upload(self, device: str, message: split_pb2.SubmitHalf, progress: AdapterState) -> None:
+    async def _upload(self, device: str, message: split_pb2.SubmitHalf, progress: AdapterState) -> SflError | None:
+        """Send a half on; returns what kept it from arriving, as nobody asks a device's last upload when it never closes."""
         header = federation_pb2.UpdateHeader(
             submission=message.submission, device=device, half=federation_pb2.EDGE, version=message.version
         )
@@ -165,7 +166,8 @@ class SplitService(SplitTrainingServicer):
             await asyncio.to_thread(self._federation.submit, header, progress)
         except SflError as error:
             log.error("the edge's half of %s's submission %s is lost: %s", device, message.submission, error)
-            raise
+            return error
+        return None
 
     async def _adopt(self, session: Session, message: split_pb2.Adopt) -> Answer:
         if message.version != session.adapter.version:
@@ -183,9 +185,8 @@ class SplitService(SplitTrainingServicer):
         if uploads:
             await asyncio.wait(uploads)
         for upload in uploads:
-            if isinstance(error := upload.exception(), SflError):
+            if (error := upload.result()) is not None:
                 raise RefusedError(f"a submitted half did not reach the federation server: {error}")
-            upload.result()
         session.closed = True
         log.info("%s closed its session after step %d", session.request.device, session.last_step)
         return EdgeMessage(closed=split_pb2.Closed()), []

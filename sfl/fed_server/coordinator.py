@@ -56,8 +56,8 @@ class Federation:
         self.failure: SflError | None = None  # why no agreement will ever be reached
         self.finished = False
         self.aggregations = 0
-        if len(settings.labels) == 1 or len(set(settings.labels)) != len(settings.labels):
-            raise SettingsError(f"`labels` must be two or more different names, not {', '.join(settings.labels)}")
+        if len(settings.labels) == 1:
+            raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
         self._store = store
         self._metrics = metrics
@@ -254,7 +254,7 @@ class Federation:
         started = time.perf_counter()
         updates = self._pool.updates()
         try:
-            state, weights = self._strategy.aggregate(newest.state, updates)
+            state, weights = self._strategy.aggregate(newest.state, updates, self._roster.examples())
             self._store.publish(newest.number + 1, state, newest.layout)
         except AdapterError as error:  # a full disk, say; the pool stays, and the next tick tries again
             log.error("%s", error)

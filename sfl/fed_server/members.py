@@ -175,6 +175,10 @@ class Roster:
         """All devices that have ever joined, also those that are away or have left."""
         return [entry.member for entry in self._entries.values() if entry.member.role == "device"]
 
+    def examples(self) -> int:
+        """Training examples of all devices that have ever joined."""
+        return sum(device.examples for device in self.devices())
+
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
         self._entry(name).seen = self._clock()

@@ -148,7 +148,8 @@ class EdgeHalf(nn.Module):
 
 
 def check_cut(config: PretrainedConfig, cut: int) -> None:
-    """Raise `ModelError` unless `cut` leaves at least one block on either side."""
+    """Raise `ModelError` for a family that cannot be cut, and unless `cut` leaves at least one block on either side."""
+    family_of(config)  # first: not every other family's configuration has a number of blocks
     length = config.num_hidden_layers
     if not 1 <= cut <= length - 1:
         raise ModelError(f"cut {cut} is not possible: this model has {length} blocks, so a cut is between 1 and {length - 1}")

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfl.model.cut import DeviceHalf, EdgeHalf, check_cut, drop_above, drop_below
-from sfl.model.families import Task, family_of
+from sfl.model.families import Task
 from sfl.model.load import Dtype, load_config, load_task_model
 
 
 def load_device_half(name_or_dir: str | Path, cut: int, dtype: Dtype = "fp32") -> DeviceHalf:
     """Embeddings and blocks 0 to `cut` - 1, for any task. Raises `ModelError` as `load_task_model` and `DeviceHalf` do."""
     config = load_config(name_or_dir)
-    family_of(config)
     check_cut(config, cut)
     # As a classifier, whose small head is dropped again: so a causal LM's large one is not read.
     unused = ("0", "1")
@@ -34,7 +33,6 @@ def load_edge_half(
     Raises `ModelError` as `load_task_model` and `EdgeHalf` do.
     """
     config = load_config(name_or_dir)
-    family_of(config)
     check_cut(config, lowest_cut)
     model = load_task_model(name_or_dir, task, labels, dtype, seed, drop=lambda model: drop_below(model, lowest_cut))
     return EdgeHalf(model, lowest_cut)

@@ -15,7 +15,7 @@ from tests.fed_server.made import adapter, same
 CONFIGURED = [
     StrategySettings(name="gsfs"),
     StrategySettings(name="gsfs-printed"),
-    StrategySettings(name="gsfs", weights="both"),
+    StrategySettings(name="gsfs", weights="examples"),
     StrategySettings(name="fedavg"),
 ]
 counts = st.tuples(st.integers(1, 10**9), st.integers(1, 10**6))
@@ -29,7 +29,7 @@ def update(device: str, seed: int = 0, examples: int = 1, submissions: int = 1) 
 @given(figures=st.lists(counts, min_size=1, max_size=8))
 def test_weights_are_shares_of_one(settings: StrategySettings, figures: list[tuple[int, int]]) -> None:
     updates = [Update(f"d{i}", {}, 0, examples, submissions) for i, (examples, submissions) in enumerate(figures)]
-    weights = make_strategy(settings).weights(updates)
+    weights = make_strategy(settings).weights(updates, sum(update.examples for update in updates))
     assert weights.keys() == {update.device for update in updates}
     assert all(math.isfinite(weight) and weight >= 0 for weight in weights.values())
     assert math.isclose(sum(weights.values()), 1.0)
@@ -38,14 +38,14 @@ def test_weights_are_shares_of_one(settings: StrategySettings, figures: list[tup
 def test_each_rule_weighs_by_what_it_names() -> None:
     updates = [update("a", examples=30, submissions=1), update("b", examples=10, submissions=4)]
     expected = {
-        ("gsfs", None): (0.75, 0.25),
+        ("gsfs", None): (0.3, 0.1),
+        ("gsfs", "examples"): (0.75, 0.25),
         ("gsfs-printed", None): (0.2, 0.8),
-        ("gsfs", "both"): (30 / 70, 40 / 70),
         ("gsfs-printed", "examples"): (0.75, 0.25),
         ("fedavg", None): (0.75, 0.25),
     }
     for (name, rule), (a, b) in expected.items():
-        weights = make_strategy(StrategySettings(name=name, weights=rule)).weights(updates)
+        weights = make_strategy(StrategySettings(name=name, weights=rule)).weights(updates, population=100)
         assert weights == pytest.approx({"a": a, "b": b})
 
 
@@ -53,8 +53,8 @@ def test_each_rule_weighs_by_what_it_names() -> None:
 def test_the_order_of_updates_does_not_matter_to_the_bit(order: list[int]) -> None:
     updates = [update(f"d{i}", seed=i + 1, examples=i + 3) for i in range(5)]
     strategy = make_strategy(StrategySettings())
-    expected, _ = strategy.aggregate(adapter(0), updates)
-    result, _ = strategy.aggregate(adapter(0), [updates[i] for i in order])
+    expected, _ = strategy.aggregate(adapter(0), updates, 100)
+    result, _ = strategy.aggregate(adapter(0), [updates[i] for i in order], 100)
     assert same(result, expected)
 
 
@@ -69,7 +69,7 @@ def test_the_sum_is_equation_14_and_one_update_counts_whole() -> None:
     assert same(state, adapter(0)), "the global adapter must not be changed in place"
 
 
-@pytest.mark.parametrize("weight", [0.5, math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("weight", [1.5, math.nan, math.inf, -1.0])
 def test_weights_that_are_no_shares_are_refused(weight: float) -> None:
     with pytest.raises(AdapterError, match="not shares of one"):
         weighted_sum(adapter(0), [update("a", 1)], {"a": weight})

@@ -29,7 +29,7 @@ class _Defaults:
 
 
 _DEFAULTS = {
-    "gsfs": _Defaults(keep_progress=True, final_upload=True),
+    "gsfs": _Defaults(keep_progress=True, final_upload=True, weights="share"),
     "gsfs-printed": _Defaults(
         keep_progress=False,
         final_upload=False,

@@ -53,12 +53,15 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def weights(self, updates: Sequence[Update]) -> dict[str, float]:
-        """The weight of each update, by device; positive or zero, with the sum 1."""
+    def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
+        """The weight of each update, by device: positive or zero, with a sum of at most 1.
 
-    def aggregate(self, state: AdapterState, updates: Sequence[Update]) -> tuple[AdapterState, dict[str, float]]:
+        `population` are the training examples of all devices that take part, whether they are in the pool or not.
+        """
+
+    def aggregate(self, state: AdapterState, updates: Sequence[Update], population: int) -> tuple[AdapterState, dict[str, float]]:
         """The next global adapter, and the weight that each device's update had in it."""
-        weights = self.weights(updates)
+        weights = self.weights(updates, population)
         return weighted_sum(state, updates, weights), weights
 
 
@@ -66,10 +69,10 @@ def weighted_sum(state: AdapterState, updates: Sequence[Update], weights: Mappin
     """theta + sum over k of a_k * delta theta_k, in float32, in the order of the devices' names.
 
     So the result is the same, to the bit, in whatever order the updates arrived. Raises `AdapterError` when the weights are
-    not finite shares of 1 or an update has other tensors than `state`.
+    not finite, negative or more than 1 together, or an update has other tensors than `state`.
     """
     values = [weights[update.device] for update in updates]
-    if not all(math.isfinite(value) and value >= 0 for value in values) or not math.isclose(sum(values), 1.0, rel_tol=1e-9):
+    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) > 1 + 1e-9:
         raise AdapterError(f"the weights {dict(weights)} are not shares of one")
     result = {key: value.copy() for key, value in state.items()}
     for update in sorted(updates, key=lambda update: update.device):

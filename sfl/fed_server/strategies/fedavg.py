@@ -31,5 +31,5 @@ class FedAvg(Strategy):
     def due(self, pooled: AbstractSet[str], present: AbstractSet[str], waited_s: float) -> bool:
         return present <= pooled or waited_s >= self._round_timeout_s
 
-    def weights(self, updates: Sequence[Update]) -> dict[str, float]:
+    def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         return shares({update.device: update.examples for update in updates})

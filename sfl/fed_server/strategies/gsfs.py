@@ -10,7 +10,7 @@ from typing import Literal
 from sfl.fed_server.strategies.base import Strategy, Update, shares
 from sfl.v1 import federation_pb2 as pb
 
-Weights = Literal["frequency", "examples", "both"]
+Weights = Literal["frequency", "examples", "share"]
 
 
 class Gsfs(Strategy):
@@ -18,11 +18,12 @@ class Gsfs(Strategy):
 
     (12) an upload of device k puts (delta theta_k, time, k) into the pool; (13) aggregation is due when the number of
     distinct devices in it reaches the quorum M, here a share of the present devices, rounded up, at least one;
-    (14) theta <- theta + sum over k in the pool of a_k * delta theta_k, the a_k with sum 1 in proportion to
+    (14) theta <- theta + sum over k in the pool of a_k * delta theta_k, where a_k is, of device k,
 
-    - "frequency": the submissions of device k so far (as printed);
-    - "examples": |D_k|;
-    - "both": their product.
+    - "frequency": its submissions so far over those of all devices in the pool (as printed);
+    - "examples": its |D_k| over that of all devices in the pool;
+    - "share": its |D_k| over that of all devices that take part, so that what a device has learnt counts alike whoever
+      happens to be in the pool with it.
 
     Devices follow `triggered`, equations 7 to 11.
     """
@@ -40,10 +41,9 @@ class Gsfs(Strategy):
         needed = math.ceil(self._quorum * len(present) - 1e-9)  # 0.7 * 10 is a little more than 7
         return len(pooled) >= max(1, needed)
 
-    def weights(self, updates: Sequence[Update]) -> dict[str, float]:
-        by_rule = {
-            "frequency": {update.device: update.submissions for update in updates},
-            "examples": {update.device: update.examples for update in updates},
-            "both": {update.device: update.submissions * update.examples for update in updates},
-        }
-        return shares(by_rule[self._weights])
+    def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
+        if self._weights == "share":
+            return {update.device: update.examples / population for update in updates}
+        if self._weights == "examples":
+            return shares({update.device: update.examples for update in updates})
+        return shares({update.device: update.submissions for update in updates})
