@@ -25,7 +25,6 @@ import torch
 from peft import PeftModel
 from shapes import make_model, write_texts
 
-from sfl.adapters import peft_format
 from sfl.cluster.demo import default_model
 from sfl.cluster.metrics import read_events
 from sfl.cluster.plan import free_addresses
@@ -124,7 +123,6 @@ def measure(case: Case, pairs: int, threads: int, folder: Path) -> None:
         adapter = LocalAdapter(inject_lora(half, device.lora), state, case.cut, version, device.optimizer)
         link = TimedLink(edge, device.session_request(version), 120, 120)
         trainer = DeviceTrainer(half, adapter, link, settings.task)
-        _, layout = peft_format.read(folder / "fed" / "adapters" / "v0")
         base = load_task_model(case.model, "classification", labels)
         unsplit = PeftModel.from_pretrained(base, str(folder / "fed" / "adapters" / "v0"), is_trainable=True).train()
         trained = [parameter for parameter in unsplit.parameters() if parameter.requires_grad]

@@ -35,7 +35,7 @@ def demo(
 
     from sfl.cluster.demo import DemoOptions, parse_cuts, plan_demo
     from sfl.cluster.run import run_plan
-    from sfl.report import summary_table
+    from sfl.cluster.report import summary_table
     from sfl.telemetry import configure_logging
 
     configure_logging("WARNING")

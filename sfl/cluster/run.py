@@ -62,7 +62,7 @@ def _pooled_test(plan: Plan) -> list[Example]:
 
 
 def _draw(path: Path, cluster: Cluster, title: str) -> None:
-    from sfl.report import Curve, draw_losses
+    from sfl.cluster.report import Curve, draw_losses
 
     curves = [Curve.from_events(device.name, read_events(cluster.metrics(device.name))) for device in cluster.devices]
     draw_losses(path, curves, title)

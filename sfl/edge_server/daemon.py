@@ -23,7 +23,7 @@ from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
 from sfl.v1 import federation_pb2
 from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
 from sfl.wire.adapters import lora_to_wire
-from sfl.wire.channel import serve
+from sfl.wire.channel import serve, stop
 from sfl.wire.federation import FederationClient
 
 _GRACE_S = 2.0  # for open streams when the server stops
@@ -59,7 +59,7 @@ async def _run(settings: EdgeSettings) -> None:
             log.info("edge server %s listens on %s", settings.name, address)
             await asyncio.to_thread(federation.propose, _proposal(settings, half), initial)
             await _told_to_stop()
-            await server.stop(_GRACE_S)
+            await stop(server, _GRACE_S)
             metrics.write(
                 "end",
                 steps=service.steps,

@@ -11,7 +11,7 @@ from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
 from sfl.v1.federation_pb2_grpc import add_FederationServicer_to_server
-from sfl.wire.channel import serve
+from sfl.wire.channel import serve, stop
 
 _TICK_S = 1.0
 _GRACE_S = 2.0  # for calls under way when the server stops
@@ -31,17 +31,17 @@ async def _serve(settings: FedSettings, metrics: MetricsWriter) -> None:
     service = FederationService(federation)
     server, address = serve(settings.listen)
     add_FederationServicer_to_server(service, server)
-    stop = asyncio.Event()
+    told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
     await server.start()
     log.info("federation server %s listens on %s", settings.name, address)
     try:
-        while not stop.is_set():
+        while not told.is_set():
             federation.tick()
-            await _wait(stop, _TICK_S)
+            await _wait(told, _TICK_S)
     finally:
-        await server.stop(_GRACE_S)
+        await stop(server, _GRACE_S)
         metrics.write(
             "end",
             version=federation.version,

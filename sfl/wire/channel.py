@@ -7,6 +7,7 @@ gone, one that is merely slow is not.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 import time
@@ -87,6 +88,17 @@ def serve(address: str) -> tuple[grpc.aio.Server, str]:
     except RuntimeError as error:
         raise SettingsError(f"cannot listen on {address}: {_why_not(host, port)}; choose another with `listen`") from error
     return server, f"{host}:{bound}"
+
+
+async def stop(server: grpc.aio.Server, grace_s: float) -> None:
+    """Stop `server`: calls that are open after `grace_s` seconds are cut off, and have as long again to see to their end.
+
+    Tasks of theirs that were left to the end of the event loop would be cancelled by it, which grpc reports with a traceback.
+    """
+    await server.stop(grace_s)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=grace_s)
 
 
 def check_address(address: str) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from sfl.cluster.metrics import Follower
 from sfl.cluster.progress import Progress
 from sfl.cluster.summary import newest_adapter, summarise
 from sfl.errors import SflError
-from sfl.report import Curve, draw_losses, smoothed, summary_table
+from sfl.cluster.report import Curve, draw_losses, smoothed, summary_table
 from sfl.telemetry import MetricsWriter
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from peft import PeftModel
 
 from sfl.adapters import peft_format
-from sfl.adapters.state import AdapterState
 from sfl.data.settings import DataSettings
-from sfl.device.prepare import PreparedDevice
-from sfl.model.load import load_task_model, load_tokenizer
 from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
 from sfl.simulation import simulate
 from tests.flows import write_texts
 from tests.metrics import losses_of
 from tests.tiny import save_tiny_model
+from tests.unsplit import read_trained, train_unsplit
 
 STEPS = 20
 
@@ -38,33 +33,6 @@ def one_device(folder: Path, family: str, task: str, optimizer: str, cut: int) -
         steps=STEPS,
         optimizer=OptimizerSettings(name=optimizer, learning_rate=0.05 if optimizer == "sgd" else 2e-3),
     )
-
-
-def unsplit(settings: DeviceSettings, labels: tuple[str, ...], version_0: Path) -> tuple[list[float], Any]:
-    """The reference: PEFT on the uncut model, from the same version 0, on the same batches."""
-    device = PreparedDevice.of(settings)
-    base = load_task_model(settings.model, settings.task, labels)
-    model = PeftModel.from_pretrained(base, version_0, is_trainable=True).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    make = torch.optim.SGD if settings.optimizer.name == "sgd" else torch.optim.AdamW
-    optimizer = make(trained, lr=settings.optimizer.learning_rate, weight_decay=0.0)
-    pad = load_tokenizer(settings.model).pad_token_id
-    losses = []
-    batches = device.plan(labels).batches
-    for _ in range(settings.steps):
-        batch = next(batches)
-        ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-        if settings.task == "causal-lm":
-            target = ids.masked_fill(mask == 0, -100)
-        else:
-            target = torch.from_numpy(batch.labels)
-        assert pad == model.config.pad_token_id
-        loss = model(input_ids=ids, attention_mask=mask, labels=target).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -86,21 +54,14 @@ def test_twenty_steps_are_those_of_peft(tmp_path: Path, family: str, task: str, 
     version_0, layout = peft_format.read(out / "adapters" / "v0")
     assert simulated.federation.version == 1
 
-    losses, model = unsplit(settings, layout.labels, out / "adapters" / "v0")
+    losses, model = train_unsplit(settings, layout.labels, out / "adapters" / "v0")
     assert losses_of(out / "device-1") == losses
     assert losses[-1] < losses[0]
 
-    model.save_pretrained(tmp_path / "reference")
-    reference = read_reference(tmp_path / "reference", out / "adapters" / "v1", tmp_path)
+    reference = read_trained(model, out / "adapters" / "v1", tmp_path / "reference")
     final, _ = peft_format.read(out / "adapters" / "v1")
     assert simulated.local["device-1"].keys() == reference.keys() == final.keys()
     assert max(float(np.abs(reference[key] - version_0[key]).max()) for key in reference) > 1e-3
     for key, value in reference.items():
         assert np.array_equal(simulated.local["device-1"][key], value), f"{key} differs"
         np.testing.assert_allclose(final[key], value, rtol=1e-6, atol=1e-7)  # v0 + (trained - v0) rounds once
-
-
-def read_reference(saved: Path, like: Path, folder: Path) -> AdapterState:
-    """PEFT's own file, read with the layout of ours."""
-    (saved / "sfl.json").write_text((like / "sfl.json").read_text())
-    return peft_format.read(saved)[0]
