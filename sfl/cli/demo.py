@@ -14,6 +14,9 @@ def demo(
         Literal["classification", "causal-lm"], typer.Option(help="what the model is trained to do")
     ] = "classification",
     data: Annotated[list[Path] | None, typer.Option(help="a device's data; repeat it for more; by default made-up flows")] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="column or JSON field of the text; repeat it to join several")
+    ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="number of devices; by default one a data file, or 3")] = None,
     cut: Annotated[str, typer.Option(help="blocks on a device, K[,K...], in turn")] = "2",
     steps: Annotated[int, typer.Option(min=1, help="local optimiser steps of each device")] = 80,
@@ -43,6 +46,7 @@ def demo(
         model=model,
         task=task,
         data=tuple(data or ()),
+        text_columns=tuple(text_column or ("text",)),
         devices=devices,
         cuts=parse_cuts(cut),
         steps=steps,

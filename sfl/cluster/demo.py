@@ -30,6 +30,7 @@ class DemoOptions:
     model: str | None = None
     task: Task = "classification"
     data: tuple[Path, ...] = ()
+    text_columns: tuple[str, ...] = ("text",)
     devices: int | None = None
     cuts: tuple[int, ...] = (2,)
     steps: int = 80
@@ -63,7 +64,7 @@ def plan_demo(options: DemoOptions) -> Plan:
     if options.edges > (options.devices or len(options.data) or len(PROFILES)):
         raise SettingsError(f"{options.edges} edges for fewer devices: an edge without a device has nothing to do")
     placed = list(options.data) or [options.out / "data" / f"{name}.log" for name in _generated_names(options.devices)]
-    data = share_data(placed, options.devices, options.seed)
+    data = share_data(placed, options.devices, options.seed, options.text_columns)
     device_threads, edge_threads = share_threads(len(data), options.edges)
     lora = LoraSettings(rank=options.lora_rank, alpha=2.0 * options.lora_rank)
     cuts = [options.cuts[index % len(options.cuts)] for index in range(len(data))]

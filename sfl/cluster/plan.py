@@ -59,7 +59,9 @@ def free_addresses(count: int) -> list[str]:
             each.close()
 
 
-def share_data(paths: Sequence[Path], devices: int | None, seed: int) -> list[DataSettings]:
+def share_data(
+    paths: Sequence[Path], devices: int | None, seed: int, text_columns: tuple[str, ...] = ("text",)
+) -> list[DataSettings]:
     """Each device's data: one path each, or, where there are more devices than paths, paths divided evenly in turn.
 
     `devices` is None for as many as there are paths. Raises `SettingsError` for fewer devices than paths.
@@ -73,6 +75,7 @@ def share_data(paths: Sequence[Path], devices: int | None, seed: int) -> list[Da
     return [
         DataSettings(
             path=paths[index % len(paths)],
+            text_columns=text_columns,
             part_index=index // len(paths),
             part_count=shares[index % len(paths)],
             partition_seed=seed,
