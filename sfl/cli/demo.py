@@ -37,8 +37,8 @@ def demo(
     from rich.console import Console
 
     from sfl.cluster.demo import DemoOptions, parse_cuts, plan_demo
-    from sfl.cluster.run import run_plan
     from sfl.cluster.report import summary_table
+    from sfl.cluster.run import run_plan
     from sfl.telemetry import configure_logging
 
     configure_logging("WARNING")

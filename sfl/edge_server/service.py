@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -58,27 +58,36 @@ class SplitService(SplitTrainingServicer):
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
     ) -> AsyncIterator[EdgeMessage]:
-        """One device's stream, until it closes its session or breaks off."""
+        """One device's stream, until it closes its session or breaks off.
+
+        From a request's first byte to its answer there are heartbeats: neither a slow uplink nor a slow edge is silent.
+        """
         assembler: Assembler[DeviceMessage] = Assembler(self.traffic)
         stream = _Stream()
+        work: asyncio.Future[Any] | None = None  # what is being waited for
         try:
-            async for frame in requests:
+            while True:
+                work = arrival = asyncio.ensure_future(anext(requests, None))
+                while not await _done(arrival, HEARTBEAT_S if assembler.incomplete else None):
+                    yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
+                frame = arrival.result()
+                if frame is None:
+                    break
                 whole = assembler.feed(frame)
                 if whole is None:
                     continue
-                answer = asyncio.create_task(self._answer(stream, *whole))
-                try:
-                    while not (await asyncio.wait({answer}, timeout=HEARTBEAT_S))[0]:
-                        yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
-                    for reply in frames(*answer.result(), self.traffic):
-                        yield reply
-                finally:
-                    answer.cancel()
+                work = answer = asyncio.create_task(self._answer(stream, *whole))
+                while not await _done(answer, HEARTBEAT_S):
+                    yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
+                for reply in frames(*answer.result(), self.traffic):
+                    yield reply
         except WireError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except SflError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         finally:
+            if work is not None:
+                work.cancel()
             self._detach(stream)
 
     async def _answer(self, stream: _Stream, message: DeviceMessage, tensors: list[RawTensor]) -> Answer:
@@ -221,6 +230,10 @@ class SplitService(SplitTrainingServicer):
         del self._expiries[session.request.device]
         self._uploads.pop(session.request.session, None)
         self._engine.close(session)
+
+
+async def _done(work: asyncio.Future[Any], within_s: float | None) -> bool:
+    return bool((await asyncio.wait({work}, timeout=within_s))[0])
 
 
 class _Stream:

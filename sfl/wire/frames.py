@@ -79,6 +79,11 @@ class Assembler(Generic[Frame]):
             self._begin(frame)
         return self._complete()
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a message has begun whose last byte is not there yet."""
+        return self._message is not None
+
     def _begin(self, message: Frame) -> None:
         if self._message is not None:
             raise WireError(f"a new message began when bytes of '{self._message.WhichOneof('body')}' were still due")
