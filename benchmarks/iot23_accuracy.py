@@ -22,16 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from sfl.cluster.demo import default_model
-from sfl.data.batches import Batches, tokenise
 from sfl.data.example import Example
-from sfl.data.labels import LabelSet
 from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
 from sfl.evaluate import evaluate
-from sfl.model.load import load_task_model, load_tokenizer
 from sfl.settings import DeviceSettings, FedSettings, OptimizerSettings, StrategySettings
 from sfl.simulation import simulate
 
@@ -65,74 +61,48 @@ def device_settings(args: argparse.Namespace, seed: int) -> list[DeviceSettings]
             steps=args.steps,
             optimizer=OptimizerSettings(learning_rate=args.lr),
             seed=seed,
+            dtype=args.dtype,
         )
         for path in captures
     ]
 
 
-def federated(strategy: StrategySettings, devices: Sequence[DeviceSettings], test: list[Example], seed: int) -> Outcome:
+def federated(
+    strategy: StrategySettings, devices: Sequence[DeviceSettings], test: list[Example], seed: int, name: str = ""
+) -> Outcome:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        fed = FedSettings(devices=len(devices), strategy=strategy)
         torch.manual_seed(seed)
-        federation = simulate(fed, devices, out).federation
+        federation = simulate(FedSettings(devices=len(devices), strategy=strategy), devices, out).federation
         version = federation.version or 0
         result = evaluate(devices[0].model, out / "adapters" / f"v{version}", test)
-        uploaded = sum(event["bytes"] for device in devices for event in _events(out / device.name / "metrics.jsonl", "submit"))
-        uploads = federation.submissions
-        uploaded = uploads * federation.adapter_bytes
     return Outcome(
-        strategy.name,
-        seed,
-        result.accuracy or 0.0,
-        result.f1_macro or 0.0,
-        result.loss,
-        version,
-        uploads,
-        uploaded,
-        time.monotonic() - started,
+        strategy=name or strategy.name,
+        seed=seed,
+        accuracy=result.accuracy or 0.0,
+        f1_macro=result.f1_macro or 0.0,
+        loss=result.loss,
+        versions=version,
+        uploads=federation.submissions,
+        uploaded=federation.submissions * federation.adapter_bytes,
+        wall_s=time.monotonic() - started,
     )
 
 
-def _events(path: Path, kind: str) -> list[dict[str, int]]:
-    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [event for event in events if event["event"] == kind]
-
-
 def centralised(devices: Sequence[DeviceSettings], train: list[Example], test: list[Example], seed: int) -> Outcome:
-    """Unsplit PEFT on the pooled training flows: as many steps of as many examples as all devices together, from the same v0."""
-    started = time.monotonic()
-    first = devices[0]
+    """All training flows at one place, as many steps of as many examples as all devices together, from the same version 0.
+
+    It is a federation of one device, which trains exactly as unsplit PEFT does (tests/engine/test_split_equals_unsplit.py).
+    """
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        probe = [device.model_copy(update={"steps": 1}) for device in devices]
-        simulate(FedSettings(devices=len(devices), strategy=StrategySettings(name="fedavg")), probe, out)
-        version_0 = out / "adapters" / "v0"
-        labels = LabelSet(tuple(example.label for example in (*train, *test) if example.label))
-        torch.manual_seed(seed)
-        base = load_task_model(first.model, "classification", labels.names)
-        model = PeftModel.from_pretrained(base, str(version_0), is_trainable=True).train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=first.optimizer.learning_rate, weight_decay=0.0)
-        encoded = tokenise(train, load_tokenizer(first.model), first.max_length, labels)
-        batches = Batches(encoded, first.batch_size, shuffle=True, seed=seed)
-        for _ in range(first.steps * len(devices)):
-            batch = next(batches)
-            loss = model(
-                input_ids=torch.from_numpy(batch.input_ids),
-                attention_mask=torch.from_numpy(batch.attention_mask),
-                labels=torch.from_numpy(batch.labels),
-            ).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        final = out / "central"
-        model.save_pretrained(str(final))
-        (final / "sfl.json").write_text((version_0 / "sfl.json").read_text(encoding="utf-8"), encoding="utf-8")
-        result = evaluate(first.model, final, test)
-    wall_s = time.monotonic() - started
-    return Outcome("centralised", seed, result.accuracy or 0.0, result.f1_macro or 0.0, result.loss, 0, 0, 0, wall_s)
+        pooled = Path(folder) / "pooled.jsonl"
+        lines = (json.dumps({"text": example.text, "label": example.label}) for example in train)
+        pooled.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        data = DataSettings(path=pooled, drop_repeats=False, validation=0, test=0)
+        steps = sum(device.steps for device in devices)
+        alone = devices[0].model_copy(update={"name": "central", "data": data, "steps": steps})
+        return federated(StrategySettings(name="fedavg", local_steps=steps), [alone], test, seed, "centralised")
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
@@ -160,12 +130,17 @@ def main() -> None:
     parser.add_argument("--local-steps", type=int, default=10, help="steps in a FedAvg round")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--cut", type=int, default=2)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the base; adapters are fp32")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write every run's figures here")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     args.model = args.model or str(default_model("classification"))
     outcomes = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         devices = device_settings(args, seed)
         splits = [load_splits(device.data, "classification") for device in devices]
         train = [example for split in splits for example in split.train]
@@ -180,7 +155,11 @@ def main() -> None:
             else:
                 outcome = federated(StrategySettings(name=name, local_steps=args.local_steps), devices, test, seed)
             outcomes.append(outcome)
-            print(f"  seed {seed} {name}: accuracy {outcome.accuracy:.3f}, macro-F1 {outcome.f1_macro:.3f}", file=sys.stderr)
+            print(
+                f"  seed {seed} {name}: {outcome.accuracy:.3f} {outcome.f1_macro:.3f} {outcome.loss:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
     report(outcomes)
     if args.json:
         args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1), encoding="utf-8")

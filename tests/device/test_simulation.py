@@ -1,0 +1,95 @@
+"""Whole federations in one process: the cut changes nothing, a seed decides everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sfl.adapters import peft_format
+from sfl.adapters.state import AdapterState
+from sfl.data.settings import DataSettings
+from sfl.errors import SettingsError
+from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
+from sfl.simulation import Simulated, simulate
+from tests.flows import write_texts
+from tests.metrics import events, losses_of
+from tests.tiny import save_tiny_model
+
+
+def devices(folder: Path, model: Path, cuts: list[int], seed: int = 0, dropout: float = 0.0) -> list[DeviceSettings]:
+    return [
+        DeviceSettings(
+            name=f"device-{number}",
+            model=str(model),
+            lora=LoraSettings(rank=2, alpha=4, dropout=dropout),
+            cut=cut,
+            data=DataSettings(path=write_texts(folder / f"texts-{number}.txt", 60 + 20 * number, seed=number)),
+            batch_size=4,
+            max_length=24,
+            steps=9,
+            optimizer=OptimizerSettings(learning_rate=5e-3),
+            seed=seed,
+        )
+        for number, cut in enumerate(cuts)
+    ]
+
+
+def run(folder: Path, out: str, settings: list[DeviceSettings], strategy: str = "fedavg") -> Simulated:
+    chosen = StrategySettings(name=strategy, local_steps=3, min_steps=2, validate_every=3)
+    return simulate(FedSettings(devices=len(settings), strategy=chosen), settings, folder / out)
+
+
+def newest(folder: Path, out: str, version: int) -> AdapterState:
+    return peft_format.read(folder / out / "adapters" / f"v{version}")[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_mix_of_cuts_gives_the_adapter_of_equal_cuts(tmp_path: Path, family: str) -> None:
+    model = save_tiny_model(tmp_path / "model", family)
+    mixed = run(tmp_path, "mixed", devices(tmp_path, model, [1, 2, 3]))
+    equal = run(tmp_path, "equal", devices(tmp_path, model, [2, 2, 2]))
+    assert mixed.federation.version == equal.federation.version == 3
+    first, last = newest(tmp_path, "equal", 0), newest(tmp_path, "equal", 3)
+    for version in range(4):
+        expected, found = newest(tmp_path, "equal", version), newest(tmp_path, "mixed", version)
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert np.linalg.norm(found[key] - value) <= 1e-5 * np.linalg.norm(value), f"{key} in version {version}"
+    assert max(float(np.abs(last[key] - first[key]).max()) for key in last) > 1e-3
+    for number in range(3):
+        np.testing.assert_allclose(
+            losses_of(tmp_path / "mixed" / f"device-{number}"), losses_of(tmp_path / "equal" / f"device-{number}"), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "gsfs"])
+def test_a_seed_decides_everything_dropout_too(tmp_path: Path, strategy: str) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert", hidden_dropout_prob=0.2)
+    losses = []
+    for out, seed, elsewhere in (("first", 3, 1), ("second", 3, 2), ("third", 4, 1)):
+        torch.manual_seed(elsewhere)  # what came before in this process must not matter
+        run(tmp_path, out, devices(tmp_path, model, [1, 3], seed, dropout=0.3), strategy)
+        losses.append([losses_of(tmp_path / out / f"device-{number}") for number in range(2)])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    version = max(event["version"] for event in events(tmp_path / "first" / "fed", "aggregate"))
+    one, two = newest(tmp_path, "first", version), newest(tmp_path, "second", version)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
+def test_a_device_draws_its_dropout_as_if_it_were_alone(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    settings = devices(tmp_path, model, [2, 1], dropout=0.4)
+    both = FedSettings(devices=2, strategy=StrategySettings(local_steps=100, name="fedavg"), labels=("Benign", "C&C", "DDoS"))
+    simulate(both, settings, tmp_path / "both")
+    simulate(both.model_copy(update={"devices": 1}), settings[:1], tmp_path / "alone")
+    assert losses_of(tmp_path / "both" / "device-0") == losses_of(tmp_path / "alone" / "device-0")
+
+
+def test_too_few_devices(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    with pytest.raises(SettingsError, match="2 devices are expected, 1 take part"):
+        simulate(FedSettings(devices=2), devices(tmp_path, model, [1]), tmp_path / "out")

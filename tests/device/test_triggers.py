@@ -1,0 +1,154 @@
+"""Upload rules against numbers computed by hand from equations 7 to 11."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfl.device.trainer import Figures
+from sfl.device.triggers import GradientTrigger, PerformanceTrigger, upload_rule
+from sfl.errors import WireError
+from sfl.v1.federation_pb2 import Periodic, Triggered, UploadPolicy
+
+
+def figures(loss: float, accuracy: float | None = None, f1: float | None = None) -> Figures:
+    return Figures(loss, 10, accuracy, f1)
+
+
+def test_gradient_trigger_by_hand() -> None:
+    trigger = GradientTrigger(alpha=0.5, beta=1.0)
+    by_hand = [  # norm, then mu, sigma and mu + beta sigma
+        (4.0, False),  # 4, 0: 4
+        (8.0, True),  # 6, 0.5 * 2 = 1: 7
+        (6.0, False),  # 6, 0.5: 6.5
+        (6.4, False),  # 6.2, 0.25 + 0.1 = 0.35: 6.55
+        (2.2, False),  # 4.2, 0.175 + 1 = 1.175: 5.375
+        (7.0, True),  # 5.6, 0.5875 + 0.7 = 1.2875: 6.8875
+        (7.0, False),  # 6.3, 0.64375 + 0.35 = 0.99375: 7.29375
+    ]
+    assert [trigger.observe({0: norm}) for norm, _ in by_hand] == [fires for _, fires in by_hand]
+
+
+def test_beta_sets_the_sensitivity() -> None:
+    # After 4, the norm 8 has mu 6 and sigma 1: it fires below beta = 2 and not at it.
+    for beta, fires in ((1.9, True), (2.0, False), (2.1, False)):
+        trigger = GradientTrigger(0.5, beta)
+        trigger.observe({0: 4.0})
+        assert trigger.observe({0: 8.0}) is fires
+
+
+def test_each_layer_has_its_own_range_and_any_of_them_fires() -> None:
+    trigger = GradientTrigger(0.5, 1.0)
+    assert not trigger.observe({0: 4.0, 1: 100.0})
+    assert not trigger.observe({0: 4.0, 1: 90.0})
+    assert trigger.observe({0: 8.0, 1: 80.0})
+    assert not trigger.observe({0: 6.0, 1: 80.0, 7: 1e6})  # a layer seen for the first time
+
+
+@given(st.floats(1e-20, 1e20), st.floats(0.001, 0.999), st.floats(0, 5))
+def test_a_norm_that_never_changes_never_fires(norm: float, alpha: float, beta: float) -> None:
+    trigger = GradientTrigger(alpha, beta)
+    assert not any(trigger.observe({0: norm}) for _ in range(20))
+
+
+def test_performance_trigger_by_hand() -> None:
+    trigger = PerformanceTrigger("loss", threshold=0.1, growth=3.0, decay=0.5)
+    by_hand = [  # loss; |dM| against share * reference
+        (2.0, False),  # the reference
+        (1.9, False),  # 0.1 against 0.1 * 2; the share becomes 0.05
+        (2.15, True),  # 0.15 against 0.05 * 2, in either direction; 0.15
+        (1.75, False),  # 0.25 against 0.15 * 2; 0.075
+        (1.84, True),  # 0.16 against 0.075 * 2; 0.225
+    ]
+    assert [trigger.observe(figures(loss)) for loss, _ in by_hand] == [fires for _, fires in by_hand]
+    trigger.refer_to(figures(1.0))
+    assert not trigger.observe(figures(1.22))  # 0.22 against 0.225; 0.1125
+    assert trigger.observe(figures(0.88))  # 0.12 against 0.1125
+
+
+def test_a_reference_near_zero_has_a_floor() -> None:
+    trigger = PerformanceTrigger("loss", 0.1, 1.0, 1.0)
+    trigger.refer_to(figures(0.0))
+    assert not trigger.observe(figures(0.0049))  # 0.1 * 0.05
+    assert trigger.observe(figures(0.0051))
+
+
+def test_the_metric_is_the_one_that_was_asked_for() -> None:
+    for metric, moved in (("accuracy", figures(1.0, 0.9, 0.5)), ("f1", figures(1.0, 0.5, 0.9)), ("loss", figures(2.0, 0.5, 0.5))):
+        for other in ("accuracy", "f1", "loss"):
+            trigger = PerformanceTrigger(other, 0.1, 1.0, 1.0)
+            trigger.refer_to(figures(1.0, 0.5, 0.5))
+            assert trigger.observe(moved) is (other == metric)
+    with pytest.raises(WireError, match="watches 'f1', which this task does not have; choose loss"):
+        PerformanceTrigger("f1", 0.1, 1.0, 1.0).observe(figures(1.0))
+
+
+def triggered(**changes: Any) -> Any:
+    policy: dict[str, Any] = {"alpha": 0.5, "beta": 1.0, "min_steps": 3, "validate_every": 2, "threshold": 0.1, "metric": "loss"}
+    policy |= {"threshold_growth": 1.0, "threshold_decay": 1.0, **changes}
+    return upload_rule(UploadPolicy(triggered=Triggered(**policy)))
+
+
+def test_uploads_are_min_steps_apart_and_validations_are_due_in_between() -> None:
+    rule = triggered()
+    rule.after_adoption(figures(1.0))
+    assert not rule.waits
+    assert rule.validates
+    seen = []
+    for norm in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):  # from the second on, each fires
+        due = rule.validation_due()
+        trigger = rule.after_step({0: norm}, figures(1.0) if due else None)
+        seen.append((due, trigger))
+        if trigger:
+            rule.after_upload()
+    assert seen == [(False, None), (False, None), (False, "gradient")] * 2
+
+
+def test_the_performance_trigger_is_looked_at_every_so_often() -> None:
+    rule = triggered()
+    rule.after_adoption(figures(1.0))
+    seen = []
+    for _ in range(8):
+        due = rule.validation_due()
+        seen.append((due, rule.after_step({0: 1.0}, figures(2.0) if due else None)))
+    no, yes = (False, None), (True, "performance")
+    assert seen == [no, no, no, yes, no, yes, no, yes]
+    rule.after_adoption(figures(2.0))  # the reference is reset
+    rule.after_step({0: 1.0}, None)
+    assert rule.validation_due()
+    assert rule.after_step({0: 1.0}, figures(2.1)) is None
+    assert rule.after_step({0: 9.0}, figures(3.0)) == "performance"  # named first when both fire
+
+
+def test_validate_every_0_means_never() -> None:
+    rule = triggered(validate_every=0)
+    assert not rule.validates
+    rule.after_adoption(None)
+    found = []
+    for norm in (1.0, 1.0, 1.0, 1.0, 5.0):
+        assert not rule.validation_due()
+        found.append(rule.after_step({0: norm}, None))
+    assert found == [None, None, None, None, "gradient"]
+
+
+def test_rounds() -> None:
+    rule = upload_rule(UploadPolicy(periodic=Periodic(local_steps=3)))
+    assert rule.waits
+    assert not rule.validates
+    found = []
+    for _ in range(7):
+        assert not rule.validation_due()
+        found.append(rule.after_step({0: 1e9}, None))
+        if found[-1]:
+            rule.after_upload()
+    assert found == [None, None, "round", None, None, "round", None]
+    rule.after_adoption(None)  # in the middle of a round, a new one begins
+    assert [rule.after_step({}, None) for _ in range(3)] == [None, None, "round"]
+
+
+def test_an_unknown_rule() -> None:
+    with pytest.raises(WireError, match="update this device"):
+        upload_rule(UploadPolicy(keep_progress=True))

@@ -1,0 +1,164 @@
+"""Dialling and serving: every wait ends, every failure says why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import pytest
+
+from sfl.errors import RefusedError, SettingsError, UnreachableError
+from sfl.wire.channel import check_address, dial, error_from, retry, serve
+
+
+class Failure(grpc.RpcError):
+    """A failed call as gRPC raises it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str = "why") -> None:
+        super().__init__()
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+@contextmanager
+def listener(family: socket.AddressFamily = socket.AF_INET) -> Iterator[str]:
+    """A port in use by something that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), family=family) as taken:
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def bind(address: str) -> str:
+    async def work() -> str:
+        server, bound = serve(address)
+        await server.start()
+        await server.stop(0)
+        return bound
+
+    return asyncio.run(work())
+
+
+def test_port_0_becomes_a_real_one() -> None:
+    host, port = check_address(bind("127.0.0.1:0"))
+    assert host == "127.0.0.1"
+    assert port > 0
+
+
+def test_a_port_in_use_is_named_with_the_reason() -> None:
+    with listener() as address, pytest.raises(SettingsError, match=f"cannot listen on {address}: .*in use.*`listen`"):
+        bind(address)
+
+
+def test_two_servers_never_share_a_port() -> None:
+    async def work() -> None:
+        server, bound = serve("127.0.0.1:0")
+        await server.start()
+        try:
+            with pytest.raises(SettingsError, match="in use"):
+                serve(bound)
+        finally:
+            await server.stop(0)
+
+    asyncio.run(work())
+
+
+def test_an_address_of_another_machine_cannot_be_bound() -> None:
+    with pytest.raises(SettingsError, match=r"cannot listen on 192.0.2.1:7300: .*assign"):
+        bind("192.0.2.1:7300")
+
+
+@pytest.mark.parametrize(
+    "address", ["", "7300", ":7300", "host", "host:", "host:x", "host:-1", "host:65536", "http://host:80", "::1:7300", "host:7 3"]
+)
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(SettingsError, match="is no address: expected HOST:PORT"):
+        check_address(address)
+    with pytest.raises(SettingsError, match="no address"):
+        dial(address, "the edge server", 1)
+
+
+def test_addresses_that_are_some() -> None:
+    assert check_address("10.0.0.1:7300") == ("10.0.0.1", 7300)
+    assert check_address("edge.local:1") == ("edge.local", 1)
+    assert check_address("[::1]:7300") == ("[::1]", 7300)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_dial_gives_up_in_time_and_says_what_it_awaited(silent: bool) -> None:
+    with listener() as address:
+        if not silent:
+            address = "127.0.0.1:1"  # nothing listens there
+        started = time.monotonic()
+        with pytest.raises(UnreachableError, match=f"the edge server at {address} did not answer within 0.5 s"):
+            dial(address, "the edge server", 0.5)
+        assert 0.4 < time.monotonic() - started < 3
+
+
+def test_dial_waits_for_a_server_that_comes_later(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        dialled = asyncio.create_task(asyncio.to_thread(dial, address, "the edge server", 15))
+        await asyncio.sleep(0.3)
+        server, _ = serve(address)
+        await server.start()
+        (await dialled).close()
+        await server.stop(0)
+
+    asyncio.run(work())
+
+
+def test_retry_returns_what_came_at_last_and_logs_each_failure(caplog: pytest.LogCaptureFixture) -> None:
+    outcomes: Iterator[Failure | int] = iter(
+        [Failure(grpc.StatusCode.UNAVAILABLE), Failure(grpc.StatusCode.DEADLINE_EXCEEDED), 7]
+    )
+
+    def call() -> int:
+        outcome = next(outcomes)
+        if isinstance(outcome, Failure):
+            raise outcome
+        return outcome
+
+    with caplog.at_level(logging.WARNING, "sfl"):
+        assert retry(call, "the federation server", 10) == 7
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "the federation server is out of reach (UNAVAILABLE: why); trying again in 0.2 s" in caplog.text
+    assert "DEADLINE_EXCEEDED" in caplog.text
+
+
+def test_retry_gives_up(caplog: pytest.LogCaptureFixture) -> None:
+    def call() -> None:
+        raise Failure(grpc.StatusCode.UNAVAILABLE)
+
+    started = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"out of reach .*; gave up after"):
+        retry(call, "the federation server", 0.7)
+    assert 0.1 < time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNIMPLEMENTED", "UNKNOWN", "INTERNAL"])
+def test_a_refusal_is_final(code: str) -> None:
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        raise Failure(grpc.StatusCode[code], "the base models differ")
+
+    with pytest.raises(RefusedError, match="the edge server refused: the base models differ"):
+        retry(call, "the edge server", 10)
+    assert calls == 1
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED"])
+def test_what_may_pass_is_no_refusal(code: str) -> None:
+    assert isinstance(error_from(Failure(grpc.StatusCode[code]), "x"), UnreachableError)

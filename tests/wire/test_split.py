@@ -1,0 +1,66 @@
+"""What device and edge say to each other, to the wire and back, and answers that do not fit the question."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sfl.adapters.layout import LoraSpec
+from sfl.errors import WireError
+from sfl.v1 import split_pb2 as pb
+from sfl.wire.split import (
+    Evaluation,
+    OptimizerSpec,
+    SessionRequest,
+    StepResult,
+    evaluation_from_wire,
+    evaluation_to_wire,
+    open_from_wire,
+    open_to_wire,
+    step_from_wire,
+    step_to_wire,
+)
+
+REQUEST = SessionRequest(
+    "device-1-ab",
+    "device-1",
+    "causal-lm",
+    3,
+    7,
+    "f" * 64,
+    LoraSpec(8, 16.5, 0.1, ("q", "v")),
+    OptimizerSpec("sgd", 0.3, 0.01),
+    2**63 - 1,
+)
+
+
+def test_a_session_request_survives() -> None:
+    assert open_from_wire(pb.Open.FromString(open_to_wire(REQUEST).SerializeToString())) == REQUEST
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_steps_answer_survives(dtype: torch.dtype) -> None:
+    like = torch.zeros(2, 3, 4, dtype=dtype)
+    result = StepResult(4, 1, 0.123456789, {2: 0.5, 1 << 20: 1e-9}, torch.randn(2, 3, 4).to(dtype))
+    message, tensors = step_to_wire(result)
+    back = step_from_wire(pb.StepDone.FromString(message.SerializeToString()), tensors, like)
+    assert (back.step, back.version, back.loss, back.layer_norms) == (4, 1, 0.123456789, {2: 0.5, 1 << 20: 1e-9})
+    assert torch.equal(back.gradient, result.gradient)
+    for other in (torch.zeros(2, 3, 5, dtype=dtype), torch.zeros(2, 3, 4, dtype=torch.float16)):
+        with pytest.raises(WireError, match="'gradient' has"):
+            step_from_wire(message, tensors, other)
+    for wrong in ([], tensors * 2):
+        with pytest.raises(WireError, match="one tensor, the gradient"):
+            step_from_wire(message, wrong, like)
+
+
+def test_an_evaluation_survives() -> None:
+    for logits in (None, torch.randn(5, 3)):
+        message, tensors = evaluation_to_wire(Evaluation(0.7, 5, logits))
+        back = evaluation_from_wire(message, tensors, 5)
+        assert (back.loss, back.count) == (0.7, 5)
+        assert (back.logits is None) == (logits is None)
+        if logits is not None and back.logits is not None:
+            assert torch.equal(back.logits, logits)
+            with pytest.raises(WireError, match="shape 5x3, expected 6x"):
+                evaluation_from_wire(message, tensors, 6)
