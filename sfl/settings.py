@@ -12,15 +12,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sfl.adapters.layout import LoraSpec
 from sfl.data.settings import DataSettings, Task
+from sfl.errors import SettingsError
+from sfl.wire.address import check_address
 
 Dtype = Literal["fp32", "bf16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
 def _check_address(address: str) -> str:
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ValueError("an address is host:port, such as 127.0.0.1:7300 or [::1]:7300")
+    try:
+        check_address(address)
+    except SettingsError as error:
+        raise ValueError(str(error)) from error
     return address
 
 

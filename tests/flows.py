@@ -5,7 +5,24 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-_WORDS = "proto tcp udp service http dns duration orig_bytes resp_bytes history SF S0 fox dog quick lazy".split()
+_WORDS = [
+    "proto",
+    "tcp",
+    "udp",
+    "service",
+    "http",
+    "dns",
+    "duration",
+    "orig_bytes",
+    "resp_bytes",
+    "history",
+    "SF",
+    "S0",
+    "fox",
+    "dog",
+    "quick",
+    "lazy",
+]
 
 
 def write_texts(path: Path, count: int, seed: int = 0, labels: tuple[str, ...] = ("Benign", "C&C", "DDoS")) -> Path:

@@ -19,6 +19,7 @@ import grpc.aio
 
 from sfl.errors import RefusedError, SettingsError, SflError, UnreachableError
 from sfl.telemetry import log
+from sfl.wire.address import check_address
 
 HEARTBEAT_S = 10.0  # between two heartbeats on a stream that has nothing else to say
 SILENCE_S = 60.0  # a stream without even a heartbeat for so long is broken
@@ -99,15 +100,6 @@ async def stop(server: grpc.aio.Server, grace_s: float) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         await asyncio.wait(others, timeout=grace_s)
-
-
-def check_address(address: str) -> tuple[str, int]:
-    """Split `host:port`. Raises `SettingsError` when it is not of that form."""
-    host, _, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not host or "/" in host or (":" in host and not bracketed) or not port.isdecimal() or int(port) > 65535:
-        raise SettingsError(f"'{address}' is no address: expected HOST:PORT, as in 192.168.1.10:7300 or [::1]:7300")
-    return host, int(port)
 
 
 def _why_not(host: str, port: int) -> str:

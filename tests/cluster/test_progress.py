@@ -14,9 +14,9 @@ from sfl.cluster.cluster import Cluster
 from sfl.cluster.demo import DemoOptions, plan_demo
 from sfl.cluster.metrics import Follower
 from sfl.cluster.progress import Progress
+from sfl.cluster.report import Curve, draw_losses, smoothed, summary_table
 from sfl.cluster.summary import newest_adapter, summarise
 from sfl.errors import SflError
-from sfl.cluster.report import Curve, draw_losses, smoothed, summary_table
 from sfl.telemetry import MetricsWriter
 
 

@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from sfl.errors import RefusedError, SettingsError, UnreachableError
-from sfl.wire.channel import check_address, dial, error_from, retry, serve
+from sfl.wire.address import check_address
+from sfl.wire.channel import dial, error_from, retry, serve
 
 
 class Failure(grpc.RpcError):
