@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TypeVar
 
@@ -26,13 +27,24 @@ def fed(context: typer.Context) -> None:
 def edge(context: typer.Context) -> None:
     """Run an edge server: the deeper blocks, once for all its devices."""
     settings = _settings(EdgeSettings, context)
+    _rest_between_steps()
     import_module("sfl.edge_server.daemon").run(settings)
 
 
 def device(context: typer.Context) -> None:
     """Run a device: its data, the embeddings and the first blocks."""
     settings = _settings(DeviceSettings, context)
+    _rest_between_steps()
     import_module("sfl.device.daemon").run(settings)
+
+
+def _rest_between_steps() -> None:
+    """Keep OpenMP's threads from spinning when a half has computed: they would take the cores from the other half or the wire.
+
+    Read when torch is loaded, so it comes before. Whoever sets either variable keeps that.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _settings(model: type[Daemon], context: typer.Context) -> Daemon:

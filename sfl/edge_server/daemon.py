@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.halves import load_edge_half
 from sfl.model.load import load_config
-from sfl.model.lora import head_state, initial_adapter, inject_lora, resolve_targets
+from sfl.model.lora import AdapterSlots, head_state, initial_adapter, inject_lora, resolve_targets
 from sfl.settings import EdgeSettings
 from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
 from sfl.v1 import federation_pb2
@@ -48,8 +49,10 @@ async def _run(settings: EdgeSettings) -> None:
     try:
         await asyncio.to_thread(federation.join, _join_request(settings, lora, fingerprint))
         agreement = await asyncio.to_thread(federation.agreement, settings.join_wait_s)
-        half, initial = _load(settings, lora, list(agreement.labels))
-        engine = EdgeEngine(half, inject_lora(half, lora), settings.task, lora, fingerprint)
+        # On the worker's thread, which is the only one that computes: see SplitService.
+        loaded = worker.submit(settings.lowest_cut, partial(_load, settings, lora, list(agreement.labels)))
+        half, slots, initial = await asyncio.wrap_future(loaded)
+        engine = EdgeEngine(half, slots, settings.task, lora, fingerprint)
         with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
             service = SplitService(
                 engine, worker, EdgeVersions(federation, settings.lowest_cut), federation, metrics, settings.give_up_s
@@ -72,10 +75,11 @@ async def _run(settings: EdgeSettings) -> None:
         federation.close()
 
 
-def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterState]:
-    """The edge's half of the base, and version 0 as this edge would begin."""
+def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterSlots, AdapterState]:
+    """The edge's half of the base, where its adapters go, and version 0 as this edge would begin."""
     half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.dtype, settings.seed)
-    return half, initial_adapter(half.config, settings.task, lora, head_state(half), settings.seed)
+    initial = initial_adapter(half.config, settings.task, lora, head_state(half), settings.seed)
+    return half, inject_lora(half, lora), initial
 
 
 def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> federation_pb2.JoinRequest:

@@ -21,7 +21,7 @@ from sfl.v1.split_pb2_grpc import SplitTrainingServicer
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Assembler, Traffic, frames
-from sfl.wire.split import StepResult, batch_from_wire, evaluation_to_wire, open_from_wire, step_to_wire
+from sfl.wire.split import CutBatch, SessionRequest, StepResult, batch_from_wire, evaluation_to_wire, open_from_wire, step_to_wire
 from sfl.wire.tensors import RawTensor
 
 Answer = tuple[EdgeMessage, list[RawTensor]]
@@ -53,7 +53,7 @@ class SplitService(SplitTrainingServicer):
         self._keep_s = keep_s
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
-        self._uploads: dict[str, list[asyncio.Task[SflError | None]]] = {}  # session -> its halves on their way
+        self._uploads: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # session -> submission -> its half on its way
 
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
@@ -100,7 +100,7 @@ class SplitService(SplitTrainingServicer):
         if kind == "evaluate":
             return await self._evaluate(session, message.evaluate, tensors)
         if kind == "submit":
-            return self._submit(session, message.submit)
+            return await self._submit(session, message.submit)
         if kind == "adopt":
             return await self._adopt(session, message.adopt)
         return await self._close(session)
@@ -113,9 +113,8 @@ class SplitService(SplitTrainingServicer):
         if session is None:
             self._engine.check(request)
             state = await self._versions.get(request.version)
-            session = self._engine.resume(request)  # by another stream of the device in the meantime
-        if session is None:
-            session = self._engine.open(request, state)
+            # Another stream of the device may have opened it in the meantime.
+            session = await self._compute(request, lambda: self._engine.resume(request) or self._engine.open(request, state))
             log.info("%s opened a session at cut %d with version %d", request.device, request.cut, request.version)
         else:
             log.info("%s is back after step %d", request.device, session.last_step)
@@ -125,18 +124,17 @@ class SplitService(SplitTrainingServicer):
         return EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step, version=session.adapter.version)), []
 
     async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
-        batch = batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
         loop = asyncio.get_running_loop()
         arrived = loop.time()
 
         def compute() -> StepResult:
             started, before = loop.time(), session.last_step
-            result = self._engine.step(session, message.step, message.version, batch)
+            result = self._engine.step(session, message.step, message.version, self._batch(tensors))
             if session.last_step > before:  # and so not answered again; counted even if the device is gone by now
                 loop.call_soon_threadsafe(self._count, session, result, loop.time() - started, started - arrived)
             return result
 
-        done, answer = step_to_wire(await self._compute(session, compute))
+        done, answer = step_to_wire(await self._compute(session.request, compute))
         return EdgeMessage(step=done), answer
 
     def _count(self, session: Session, result: StepResult, wall_s: float, queue_s: float) -> None:
@@ -152,17 +150,23 @@ class SplitService(SplitTrainingServicer):
         )
 
     async def _evaluate(self, session: Session, message: split_pb2.Evaluate, tensors: list[RawTensor]) -> Answer:
-        batch = batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
-        result = await self._compute(session, lambda: self._engine.evaluate(session, message.version, batch))
+        result = await self._compute(
+            session.request, lambda: self._engine.evaluate(session, message.version, self._batch(tensors))
+        )
         evaluated, answer = evaluation_to_wire(result)
         return EdgeMessage(evaluated=evaluated), answer
 
-    def _submit(self, session: Session, message: split_pb2.SubmitHalf) -> Answer:
+    def _batch(self, tensors: list[RawTensor]) -> CutBatch:
+        return batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
+
+    async def _submit(self, session: Session, message: split_pb2.SubmitHalf) -> Answer:
         device = session.request.device
-        if message.submission != session.last_submission:
-            progress = self._engine.take_progress(session, message.submission, message.version)
-            upload = asyncio.create_task(self._upload(device, message, progress))
-            self._uploads.setdefault(session.request.session, []).append(upload)
+        uploads = self._uploads.setdefault(session.request.session, {})
+        if message.submission not in uploads:
+            progress = await self._compute(
+                session.request, lambda: self._engine.take_progress(session, message.submission, message.version)
+            )
+            uploads[message.submission] = asyncio.create_task(self._upload(device, message, progress))
             self._metrics.write("submit", device=device, submission=message.submission, version=message.version)
         return EdgeMessage(submitted=split_pb2.HalfTaken(submission=message.submission)), []
 
@@ -181,7 +185,9 @@ class SplitService(SplitTrainingServicer):
     async def _adopt(self, session: Session, message: split_pb2.Adopt) -> Answer:
         if message.version != session.adapter.version:
             state = await self._versions.get(message.version)
-            self._engine.adopt(session, message.version, state, message.keep_progress)
+            await self._compute(
+                session.request, lambda: self._engine.adopt(session, message.version, state, message.keep_progress)
+            )
             self._metrics.write("adopt", device=session.request.device, step=session.last_step, version=message.version)
         return EdgeMessage(adopted=split_pb2.Adopted(version=message.version)), []
 
@@ -190,7 +196,7 @@ class SplitService(SplitTrainingServicer):
 
         The session stays as if the device had gone: should this answer be lost, it comes back and closes once more.
         """
-        uploads = self._uploads.get(session.request.session, [])
+        uploads = list(self._uploads.get(session.request.session, {}).values())
         if uploads:
             await asyncio.wait(uploads)
         for upload in uploads:
@@ -200,8 +206,10 @@ class SplitService(SplitTrainingServicer):
         log.info("%s closed its session after step %d", session.request.device, session.last_step)
         return EdgeMessage(closed=split_pb2.Closed()), []
 
-    async def _compute(self, session: Session, compute: Callable[[], Result]) -> Result:
-        return await asyncio.wrap_future(self._worker.submit(session.request.cut, compute))
+    async def _compute(self, request: SessionRequest, compute: Callable[[], Result]) -> Result:
+        """Have the worker do it. It alone touches tensors: OpenMP keeps threads for each thread that computes, and with more
+        of them than cores all compute a tenth slower."""
+        return await asyncio.wrap_future(self._worker.submit(request.cut, compute))
 
     def _session_of(self, stream: _Stream) -> Session:
         session = stream.session

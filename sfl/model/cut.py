@@ -42,6 +42,18 @@ class Source(nn.Module):
         return (self.hidden,) if self.returns_tuple else self.hidden
 
 
+class PlaceholderEmbedding(nn.Module):
+    """Stands for the token embedding at the edge, where block 0 ignores what comes in: zeros of the right shape and dtype."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width = width
+        self.dtype = dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=input_ids.device).expand(*input_ids.shape, self.width)
+
+
 class DeviceHalf(nn.Module):
     """Embeddings and blocks 0 to `cut` - 1 of `model`, which is taken apart: what comes after is dropped.
 
@@ -80,8 +92,8 @@ class EdgeOutput(NamedTuple):
 class EdgeHalf(nn.Module):
     """Blocks `lowest_cut` to L-1 of `model`, held once, with the modules after them, for devices cut there or deeper.
 
-    Each cut is a view: a block list of its own over the same block objects. Embeddings stay, because a tied LM head
-    needs them and because a view runs them on placeholder ids, whose result is ignored.
+    Each cut is a view: a block list of its own over the same block objects. A view runs the embeddings on placeholder ids,
+    whose result is ignored, so the token embedding gives zeros; a tied LM head keeps the matrix for itself.
     Raises `ModelError` for a family that cannot be cut, a cut outside 1 to L-1, or a classifier without a pad token.
     """
 
@@ -93,7 +105,8 @@ class EdgeHalf(nn.Module):
         check_cut(model.config, lowest_cut)
         _prepare(model)
         self.model = model
-        self._dtype = model.get_input_embeddings().get_parameter("weight").dtype  # what block 0 would return
+        _drop_embedding(model)
+        self._dtype = model.dtype
         trained = {name: getattr(model, name, None) for name in self.family.head}
         self.head: dict[str, nn.Module] = {name: module for name, module in trained.items() if module is not None}
         if self.head and model.config.pad_token_id is None:
@@ -171,6 +184,19 @@ def drop_below(model: PreTrainedModel, cut: int) -> None:
     blocks = _block_list(model, family, ())
     for index in range(cut):
         blocks[index] = PassThrough(family.returns_tuple)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:  # a tied LM head still has to be loaded from the token embedding
+        _drop_embedding(model)
+
+
+def _drop_embedding(model: PreTrainedModel) -> None:
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        model.set_input_embeddings(PlaceholderEmbedding(embedding.embedding_dim, embedding.weight.dtype))
+    backbone: nn.Module = getattr(model, family_of(model.config).backbone)
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Dropout) and not f"{name}.".startswith(f"{family_of(model.config).blocks.partition('.')[2]}."):
+            module.p = 0.0  # of zeros, and each takes as long as one that matters
 
 
 def _prepare(model: PreTrainedModel) -> None:
