@@ -145,10 +145,9 @@ def main() -> None:
         splits = [load_splits(device.data, "classification") for device in devices]
         train = [example for split in splits for example in split.train]
         test = [example for split in splits for example in split.test]
-        if seed == 0:
-            print(
-                f"{len(devices)} devices, {len(train)} training flows, {len(test)} test flows, {args.steps} steps of {args.batch_size}"
-            )
+        if seed == args.first_seed:
+            flows = f"{len(train)} training flows, {len(test)} test flows"
+            print(f"{len(devices)} devices, {flows}, {args.steps} steps of {args.batch_size} each, {args.dtype} base")
         for name in args.strategies.split(","):
             if name == "centralised":
                 outcome = centralised(devices, train, test, seed)
