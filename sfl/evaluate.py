@@ -18,7 +18,7 @@ from sfl.data.batches import eval_batches, tokenise
 from sfl.data.example import Example
 from sfl.data.labels import LabelSet
 from sfl.data.load import load_splits
-from sfl.data.read import read_examples
+from sfl.data.read import read_examples, with_columns
 from sfl.data.settings import DataSettings, Task
 from sfl.data.split import drop_repeats
 from sfl.errors import AdapterError, DataError, ModelError
@@ -104,14 +104,15 @@ def evaluate(
 
 
 def examples_for(layout: AdapterLayout, data: Sequence[DataSettings], split: Literal["all", "test"] = "all") -> list[Example]:
-    """The examples of these files as the adapter's training made them: its flow columns, repeats dropped where `data` says so.
+    """The examples of these files as the adapter's training made them: its columns, repeats dropped where `data` says so.
 
-    `test` takes the part that a device with the same settings never trained on. Raises `DataError` for what cannot be read.
+    `test` takes the part that `data` sets aside for the test: nothing that was trained on only where the device had the same
+    file and split settings. Raises `DataError` for what cannot be read.
     """
     task = _task(layout)
     found: list[Example] = []
     for each in data:
-        settings = each.model_copy(update={"columns": layout.columns}) if layout.columns else each
+        settings = with_columns(each, layout.columns)
         if split == "test":
             found += load_splits(settings, task).test
         else:

@@ -6,9 +6,9 @@ Descriptions become the help texts of the command line (`sfl.cli.load_settings`)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sfl.adapters.layout import LoraSpec
 from sfl.data.settings import DataSettings, Task
@@ -17,6 +17,7 @@ from sfl.wire.address import check_address
 
 Dtype = Literal["fp32", "bf16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+Weights = Literal["frequency", "examples", "share"]
 
 
 def _check_address(address: str) -> str:
@@ -70,29 +71,82 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
 
 
+# Where a strategy's own defaults are not those of gsfs.
+_OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gsfs-printed": {
+        "weights": "frequency",
+        "keep_progress": False,
+        "final_upload": False,
+        "min_steps": 1,
+        "threshold": 0.3,
+        "threshold_growth": 1.0,
+        "threshold_decay": 1.0,
+    },
+    "fedavg": {"weights": "examples", "keep_progress": False},
+}
+
+
+def _differs(name: str, description: str) -> str:
+    """The description of a setting whose default is another with some strategies, with these defaults."""
+    words = {True: "yes", False: "no"}
+    own = {strategy: values[name] for strategy, values in _OWN_DEFAULTS.items() if name in values}
+    shown = (f"{words[value] if isinstance(value, bool) else value} with {strategy}" for strategy, value in own.items())
+    return f"{description}; by default {', '.join(shown)}"
+
+
 class StrategySettings(Settings):
-    """How updates become a new global version, and when devices upload; None: the named strategy's own default."""
+    """How updates become a new global version, and when devices upload; what is left open is the named strategy's default."""
 
     name: Literal["gsfs", "gsfs-printed", "fedavg"] = Field("gsfs", description="strategy")
     quorum: float = Field(0.6, gt=0, le=1, description="fraction of the devices whose updates make a new version")
-    weights: Literal["frequency", "examples", "share"] | None = Field(
-        None,
-        description="a device's weight: its share of the pool's submissions, of the pool's examples, or of all examples",
+    weights: Weights = Field(
+        "share",
+        description=_differs(
+            "weights",
+            "a device's weight: its share of all submissions so far (frequency) or examples (examples) of the devices in the "
+            "pool, or of the examples of all devices (share)",
+        ),
     )
-    keep_progress: bool | None = Field(None, description="keep what was learnt and not uploaded when a new version is adopted")
-    final_upload: bool | None = Field(None, description="upload once more after the last step")
+    keep_progress: bool = Field(
+        True, description=_differs("keep_progress", "keep what was learnt and not uploaded when a new version is adopted")
+    )
+    final_upload: bool = Field(True, description=_differs("final_upload", "upload once more after the last step"))
     local_steps: int = Field(10, ge=1, description="steps of a device in a round (fedavg)")
     round_timeout_s: float = Field(600.0, gt=0, description="seconds after which a round ends without those missing (fedavg)")
     alpha: float = Field(0.9, gt=0, lt=1, description="smoothing of the gradient norm's moving mean and deviation (gsfs)")
-    beta: float | None = Field(None, ge=0, description="deviations above the mean that make a gradient norm trigger (gsfs)")
-    min_steps: int | None = Field(None, ge=1, description="least number of steps between two uploads of a device (gsfs)")
-    validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
-    threshold: float | None = Field(
-        None, gt=0, description="change of the metric that triggers an upload, as a share of its reference, at the start (gsfs)"
+    beta: float = Field(2.0, ge=0, description="deviations above the mean that make a gradient norm trigger (gsfs)")
+    min_steps: int = Field(
+        10, ge=1, description=_differs("min_steps", "least number of steps between two uploads of a device (gsfs)")
     )
-    threshold_growth: float | None = Field(None, ge=1, description="factor on the threshold after it triggered (gsfs)")
-    threshold_decay: float | None = Field(None, gt=0, le=1, description="factor on the threshold after it did not trigger (gsfs)")
+    validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
+    threshold: float = Field(
+        0.1,
+        gt=0,
+        description=_differs(
+            "threshold", "change of the metric that triggers an upload, as a share of its reference, at the start (gsfs)"
+        ),
+    )
+    threshold_growth: float = Field(
+        1.5, ge=1, description=_differs("threshold_growth", "factor on the threshold after it triggered (gsfs)")
+    )
+    threshold_decay: float = Field(
+        0.8, gt=0, le=1, description=_differs("threshold_decay", "factor on the threshold after it did not trigger (gsfs)")
+    )
     metric: Literal["loss", "accuracy", "f1"] = Field("loss", description="metric of the local validation that is watched (gsfs)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """What is left open by the defaults of the strategy that is named."""
+        if not isinstance(given, dict):
+            return given
+        return {**_OWN_DEFAULTS.get(str(given.get("name")), {}), **given}
+
+    @model_validator(mode="after")
+    def _check(self) -> StrategySettings:
+        if self.name == "fedavg" and self.weights != "examples":
+            raise ValueError(f"fedavg weighs by examples: strategy.weights '{self.weights}' needs gsfs")
+        return self
 
 
 class DaemonSettings(Settings):
@@ -101,8 +155,6 @@ class DaemonSettings(Settings):
     name: Name = Field(description="this daemon's name, its own in the federation")
     out: Path = Field(description="folder for metrics.jsonl")
     log_level: LogLevel = Field("INFO", description="least severe messages that are logged")
-    wait_s: float = Field(60.0, gt=0, description="seconds to wait for a peer at the start")
-    give_up_s: float = Field(300.0, gt=0, description="seconds to keep trying after a peer is lost")
 
 
 class FedSettings(DaemonSettings):
@@ -119,6 +171,7 @@ class FedSettings(DaemonSettings):
     strategy: StrategySettings = Field(default_factory=StrategySettings, description="how updates become versions")
     half_expires_s: float = Field(600.0, gt=0, description="seconds that half an update waits for its other half")
     away_after_s: float = Field(60.0, gt=0, description="seconds of silence after which a device is away and not waited for")
+    join_wait_s: float = Field(600.0, gt=0, description="seconds after the start in which devices yet to join are waited for")
 
 
 class WorkerSettings(DaemonSettings):
@@ -129,6 +182,8 @@ class WorkerSettings(DaemonSettings):
     task: Task = Field("classification", description="what the model is trained to do")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter's shape")
     dtype: Dtype = Field("fp32", description="number format of the base model")
+    wait_s: float = Field(60.0, gt=0, description="seconds to wait for a peer at the start")
+    give_up_s: float = Field(300.0, gt=0, description="seconds to keep trying after a peer is lost")
     join_wait_s: float = Field(600.0, gt=0, description="seconds to wait until all expected devices have joined the federation")
     threads: int = Field(0, ge=0, description="CPU threads for the model; 0: torch's default")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of what is random")

@@ -7,6 +7,7 @@ nothing but its settings and seeds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +20,20 @@ from sfl.device.trainer import DeviceTrainer
 from sfl.edge_server.engine import EdgeEngine, Session
 from sfl.errors import SettingsError, SflError
 from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.pool import Half
-from sfl.fed_server.service import half_from_wire, member_from_wire
 from sfl.fed_server.versions import VersionStore
 from sfl.model.halves import load_device_half, load_edge_half
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import head_state, initial_adapter, inject_lora
+from sfl.model.seeds import dropout_seed
 from sfl.settings import DeviceSettings, FedSettings
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2
 from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
 
 _EDGE = "edge"
+_LOWEST_CUT = 1
 
 
 class LocalFederation:
@@ -51,8 +54,8 @@ class LocalFederation:
     def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
         return self._federation.fetch(self._name, version, first_layer, last_layer)
 
-    def submit(self, header: federation_pb2.UpdateHeader, state: AdapterState) -> bool:
-        return self._federation.submit(half_from_wire(header), state)
+    def submit(self, header: federation_pb2.UpdateHeader, state: AdapterState) -> None:
+        self._federation.submit(half_from_wire(header), state)
 
 
 class LocalEdge:
@@ -61,7 +64,7 @@ class LocalEdge:
     def __init__(self, engine: EdgeEngine, federation: Federation, request: SessionRequest) -> None:
         self._engine = engine
         self._federation = federation
-        self._session: Session = engine.open(request, federation.fetch(_EDGE, request.version))
+        self._session: Session = engine.open(request, federation.fetch(_EDGE, request.version, request.cut))
 
     def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
         return self._engine.step(self._session, step, version, batch)
@@ -74,7 +77,7 @@ class LocalEdge:
         self._federation.submit(Half(submission, self._session.request.device, "edge", version), progress)
 
     def adopt(self, version: int, keep_progress: bool) -> None:
-        state = self._federation.fetch(_EDGE, version)
+        state = self._federation.fetch(_EDGE, version, self._session.request.cut)
         self._engine.adopt(self._session, version, state, keep_progress)
 
     def values(self) -> AdapterState:
@@ -108,15 +111,19 @@ def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> 
     """
     prepared = [PreparedDevice.of(settings) for settings in devices]
     first = prepared[0]
-    with MetricsWriter(out / fed.name / "metrics.jsonl") as metrics:
+    with ExitStack() as files:
+        metrics = files.enter_context(MetricsWriter(out / fed.name / "metrics.jsonl"))
         federation = Federation(fed, VersionStore(fed.adapters or out / "adapters"), metrics)
         for device in prepared:
             federation.join(member_from_wire(device.join_request()))
             federation.watch_begins(device.settings.name)
-        if federation.agreement is None:
+        if federation.agreement is None or len(devices) < fed.devices:
             raise federation.failure or SettingsError(f"{fed.devices} devices are expected, {len(devices)} take part")
         engine = _edge(federation, first, federation.agreement.labels)
-        running = {device.settings.name: _begin(device, federation, engine, out) for device in prepared}
+        running = {}
+        for device in prepared:
+            own = files.enter_context(MetricsWriter(out / device.settings.name / "metrics.jsonl"))
+            running[device.settings.name] = _begin(device, federation, engine, own)
         _take_turns(running, federation)
     return Simulated(federation, {name: device.local_adapter() for name, device in running.items()})
 
@@ -124,16 +131,16 @@ def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> 
 def _edge(federation: Federation, first: PreparedDevice, labels: Sequence[str]) -> EdgeEngine:
     settings = first.settings
     request = first.join_request()
-    request.name, request.role = _EDGE, federation_pb2.EDGE
+    request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, _LOWEST_CUT
     federation.join(member_from_wire(request))
-    half = load_edge_half(settings.model, settings.task, 1, labels, settings.dtype, settings.seed)
+    half = load_edge_half(settings.model, settings.task, _LOWEST_CUT, labels, settings.dtype, settings.seed)
     initial = initial_adapter(half.config, settings.task, first.lora, head_state(half), settings.seed)
     head = half.family.head if settings.task == "classification" else ()
     federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)
     return EdgeEngine(half, inject_lora(half, first.lora), settings.task, first.lora, first.fingerprint)
 
 
-def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, out: Path) -> _Running:
+def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, metrics: MetricsWriter) -> _Running:
     settings, version = device.settings, federation.version
     if federation.agreement is None or version is None:
         raise SettingsError("a run needs the agreement and version 0")
@@ -142,10 +149,10 @@ def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, o
     state = link.fetch(version, 0, settings.cut)
     adapter = LocalAdapter(inject_lora(half, device.lora), state, settings.cut, version, device.optimizer)
     edge = LocalEdge(engine, federation, device.session_request(version))
-    metrics = MetricsWriter(out / settings.name / "metrics.jsonl")
     plan = device.plan(federation.agreement.labels)
     trainer = DeviceTrainer(half, adapter, edge, settings.task)
-    return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), settings.seed, trainer, edge)
+    seed = dropout_seed(settings.seed, settings.name, "device")
+    return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), seed, trainer, edge)
 
 
 def _take_turns(running: Mapping[str, _Running], federation: Federation) -> None:

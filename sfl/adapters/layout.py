@@ -32,8 +32,9 @@ class AdapterLayout:
     """Where an adapter's tensors sit in the uncut model, and what the model was trained to do with them.
 
     `blocks` is the dotted path of the block list in the task model ("model.decoder.layers"); `head` the paths of the
-    trained head modules (empty for a causal LM). `labels` are the class names in the order of the logits. `columns` and
-    `max_length` (tokens) say how a text was made from a flow and cut, so that an evaluation can do the same.
+    trained head modules (empty for a causal LM). `labels` are the class names in the order of the logits. `columns` (a
+    flow's, or those of the text; empty: `text` alone) and `max_length` (tokens) say how a text was made and cut, so that an
+    evaluation can do the same.
     """
 
     base_model: str

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -28,28 +30,44 @@ LAYOUT = "sfl.json"
 
 _FORMAT = 1  # of sfl.json
 _ROOT = "base_model.model."  # PeftModel, then LoraModel, around the task model
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")  # folders before their renaming
 _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
-def write(folder: Path, state: Mapping[AdapterKey, Array], layout: AdapterLayout) -> None:
-    """Write a whole adapter to `folder`, which must not exist yet: it is there with all its files or not at all.
+class AdapterWriteError(AdapterError):
+    """An adapter's folder cannot be written, because the disk is full, say: trying again may help."""
 
-    Raises `AdapterError` when the adapter does not fit `layout` or the folder cannot be written.
+
+def write(folder: Path, state: Mapping[AdapterKey, Array], layout: AdapterLayout) -> None:
+    """Write a whole adapter to `folder`, which must not exist yet: it is there with all its files or not at all, even
+    if the machine loses power.
+
+    Raises `AdapterError` when the adapter does not fit `layout`, `AdapterWriteError` when the folder cannot be written.
     """
     _require_complete(state, layout)
     tensors = {_tensor_name(key, layout): np.ascontiguousarray(value, dtype=np.float32) for key, value in state.items()}
     if folder.exists():
-        raise AdapterError(f"cannot write the adapter to {folder}: it exists already")
+        raise AdapterWriteError(f"cannot write the adapter to {folder}: it exists already")
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
         _write_json(unfinished / CONFIG, _peft_config(layout))
         _write_json(unfinished / LAYOUT, {"format": _FORMAT, "layout": dataclasses.asdict(layout)})
+        for path in (*unfinished.iterdir(), unfinished):
+            _sync(path)
         unfinished.rename(folder)
+        _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise AdapterError(f"cannot write the adapter to {folder}: {error}") from error
+        raise AdapterWriteError(f"cannot write the adapter to {folder}: {error}") from error
+
+
+def sweep(parent: Path) -> None:
+    """Delete what writers left unfinished in `parent` when their process was killed."""
+    for path in parent.glob(".*"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
@@ -158,6 +176,15 @@ def _peft_config(layout: AdapterLayout) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files are in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

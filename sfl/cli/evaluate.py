@@ -13,7 +13,8 @@ def evaluate(
     adapter: Annotated[Path, typer.Option(help="folder of the adapter, such as out/demo/adapters/v3")],
     data: Annotated[list[Path], typer.Option(help="data file; repeat it for more")],
     split: Annotated[
-        Literal["all", "test"], typer.Option(help="all examples, or those that a device with this file never trained on")
+        Literal["all", "test"],
+        typer.Option(help="all examples, or those that a device with this file and the default split keeps for the test"),
     ] = "all",
     keep_repeats: Annotated[
         bool, typer.Option("--keep-repeats", help="count examples of the same content and label each time")
@@ -25,7 +26,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="examples at a time")] = 32,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
 ) -> None:
-    """Loss, accuracy and macro-F1 of an adapter. Labels, flow columns and text length are the adapter's own."""
+    """Loss, accuracy and macro-F1 of an adapter. Labels, columns and text length are the adapter's own."""
     from json import dumps
 
     from rich.console import Console

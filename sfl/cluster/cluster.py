@@ -46,10 +46,6 @@ class Cluster:
             (settings.out / "config.toml").write_text(content, encoding="utf-8")
         self._supervisor.run(on_tick)
 
-    def pids(self) -> dict[str, int]:
-        """Process ids of the daemons, by name."""
-        return self._supervisor.pids()
-
     def metrics(self, name: str) -> Path:
         """Where the daemon of this name reports."""
         return self.out / name / "metrics.jsonl"

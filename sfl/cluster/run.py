@@ -22,8 +22,9 @@ from sfl.data.load import load_splits
 def run_plan(plan: Plan, console: Console, title: str = "") -> Summary:
     """Run all daemons, evaluate the newest central adapter, write `summary.json` and `loss.png` into `plan.out`.
 
-    Progress goes to `console`. The central adapter is evaluated on the test examples of all devices together. Returns what
-    `summary.json` holds. Raises `DataError` before anything is started, `ChildError` when a daemon fails, `KeyboardInterrupt`.
+    Progress goes to `console`. The central adapter is evaluated on the test examples of all devices together; its figures
+    are None where there are no such examples. Returns what `summary.json` holds. Raises `DataError` before anything is
+    started, `ChildError` when a daemon fails, `KeyboardInterrupt`.
     """
     started = time.monotonic()
     _require_packages()
@@ -36,14 +37,15 @@ def run_plan(plan: Plan, console: Console, title: str = "") -> Summary:
     console.print(f"evaluating {adapter.name} on the {len(test)} test examples of all devices", highlight=False)
     from sfl.evaluate import evaluate  # torch, only now: the daemons need the memory and the cores
 
-    central = evaluate(cluster.devices[0].model, adapter, test)
+    nothing = {"loss": None, "count": 0, "accuracy": None, "f1_macro": None, "classes": None}
+    central = evaluate(cluster.devices[0].model, adapter, test).as_dict() if test else nothing
     summary = {
         "sfl": __version__,
         **summary,
         "seed": cluster.devices[0].seed,
         "adapter": str(plan.out / "adapters" / adapter.name),
         "wall_s": round(time.monotonic() - started, 2),
-        "central": central.as_dict(),
+        "central": central,
     }
     (plan.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _draw(plan.out / "loss.png", cluster, title)

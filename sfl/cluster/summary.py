@@ -8,6 +8,7 @@ from typing import Any
 from sfl.cluster.cluster import Cluster
 from sfl.cluster.metrics import last, read_events
 from sfl.errors import SflError
+from sfl.fed_server.versions import version_numbers
 
 Summary = dict[str, Any]
 
@@ -16,7 +17,7 @@ def summarise(cluster: Cluster) -> Summary:
     """`strategy`, `model`, `task`, `devices`, `edges` and `fed` of `OUT/summary.json`: counts, bytes, and MB (10**6 bytes).
 
     A device's `accuracy`, `f1_macro` and `loss` are those of its last evaluation on its test split; the first two are None for
-    a causal LM. Raises `SflError` when a daemon's report lacks its end.
+    a causal LM, and all three where it has no test split. Raises `SflError` when a daemon's report lacks its end.
     """
     first = cluster.devices[0]
     return {
@@ -44,12 +45,10 @@ def summarise(cluster: Cluster) -> Summary:
 
 def newest_adapter(adapters: Path) -> Path:
     """The folder of the highest version. Raises `SflError` if there is none."""
-    versions = [
-        (int(folder.name[1:]), folder) for folder in adapters.glob("v*") if folder.is_dir() and folder.name[1:].isdecimal()
-    ]
-    if not versions:
+    numbers = version_numbers(adapters)
+    if not numbers:
         raise SflError(f"{adapters} holds no version of the adapter: the federation server published none; see its log")
-    return max(versions)[1]
+    return adapters / f"v{max(numbers)}"
 
 
 def _end(cluster: Cluster, name: str, *fields: str) -> dict[str, Any]:
@@ -62,5 +61,6 @@ def _end(cluster: Cluster, name: str, *fields: str) -> dict[str, Any]:
 
 
 def _test(path: Path) -> dict[str, float | None]:
-    event = last(read_events(path), "eval", path, split="test")
-    return {name: event.get(name) for name in ("accuracy", "f1_macro", "loss")}
+    tests = [event for event in read_events(path) if event["event"] == "eval" and event.get("split") == "test"]
+    figures = tests[-1] if tests else {}
+    return {name: figures.get(name) for name in ("accuracy", "f1_macro", "loss")}

@@ -30,7 +30,6 @@ class Encoded:
     input_ids: tuple[Ids, ...]
     labels: Ids | None
     pad_id: int
-    max_length: int
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -81,7 +80,7 @@ def tokenise(
         whole = [ids for ids in whole if len(ids) >= 2]
     if texts and not whole:
         raise DataError("no text has two tokens or more: there is nothing to predict")
-    return Encoded(tuple(np.array(ids, dtype=np.int64) for ids in whole), classes, pad_id_of(tokenizer), max_length)
+    return Encoded(tuple(np.array(ids, dtype=np.int64) for ids in whole), classes, pad_id_of(tokenizer))
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -96,18 +95,18 @@ class Batches:
     """Endless batches over `encoded`, epoch after epoch.
 
     Every example comes once an epoch: the last batch of an epoch holds what is left, so it may be smaller. With `shuffle` the
-    order is a permutation drawn from (seed, epoch), else the order of the examples. Batches are padded to their longest text, or
-    with `pad_to_max` to `encoded.max_length`. `position` and `seek` save and restore the place; equal arguments and
+    order is a permutation drawn from (seed, epoch), else the order of the examples. Batches are padded to their longest text.
+    `position` and `seek` save and restore the place; equal arguments and
     position give equal batches.
     """
 
-    def __init__(self, encoded: Encoded, batch_size: int, *, shuffle: bool, seed: int, pad_to_max: bool = False) -> None:
+    def __init__(self, encoded: Encoded, batch_size: int, *, shuffle: bool, seed: int) -> None:
         if not len(encoded):
             raise DataError("there are no examples to train on")
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; it must be at least 1")
         self._encoded, self._batch_size = encoded, batch_size
-        self._shuffle, self._seed, self._pad_to_max = shuffle, seed, pad_to_max
+        self._shuffle, self._seed = shuffle, seed
         self.seek(Position(0, 0))
 
     @property
@@ -133,7 +132,7 @@ class Batches:
             self._position = Position(epoch, offset + len(chosen))
         else:
             self.seek(Position(epoch + 1, 0))
-        return _batch(self._encoded, chosen, self._pad_to_max)
+        return _batch(self._encoded, chosen)
 
     def _order_of(self, epoch: int) -> Ids:
         if self._shuffle:
@@ -141,19 +140,19 @@ class Batches:
         return np.arange(len(self._encoded))
 
 
-def eval_batches(encoded: Encoded, batch_size: int, limit: int | None = None, *, pad_to_max: bool = False) -> Iterator[Batch]:
+def eval_batches(encoded: Encoded, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
     """Each example once in order, or `limit` of them, evenly spaced."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch_size {batch_size} and limit {limit} must be at least 1")
     count = len(encoded) if limit is None else min(limit, len(encoded))
     chosen = np.arange(count) * len(encoded) // max(count, 1)
     for start in range(0, count, batch_size):
-        yield _batch(encoded, chosen[start : start + batch_size], pad_to_max)
+        yield _batch(encoded, chosen[start : start + batch_size])
 
 
-def _batch(encoded: Encoded, chosen: Ids, pad_to_max: bool) -> Batch:
+def _batch(encoded: Encoded, chosen: Ids) -> Batch:
     rows = [encoded.input_ids[i] for i in chosen]
-    width = encoded.max_length if pad_to_max else max(len(ids) for ids in rows)
+    width = max(len(ids) for ids in rows)
     input_ids = np.full((len(rows), width), encoded.pad_id, dtype=np.int64)
     attention_mask = np.zeros((len(rows), width), dtype=np.int64)
     for i, ids in enumerate(rows):

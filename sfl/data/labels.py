@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sfl.errors import DataError
@@ -10,18 +9,17 @@ from sfl.errors import DataError
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Class names, sorted and distinct; a class's index is its place in `names` and its column in the logits."""
+    """Class names in the order of the logits: a class's index is its place in `names`.
+
+    Raises `DataError` for a name that is there twice.
+    """
 
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(sorted(set(self.names))))
+        if len(set(self.names)) != len(self.names):
+            raise DataError(f"the labels {', '.join(self.names)} are not distinct: name each once")
         object.__setattr__(self, "_index", {name: index for index, name in enumerate(self.names)})
-
-    @classmethod
-    def union(cls, *label_sets: Iterable[str]) -> LabelSet:
-        """The set of all names that any of `label_sets` holds."""
-        return cls(tuple(name for names in label_sets for name in names))
 
     def index(self, name: str | None) -> int:
         """The class index of `name`. Raises `DataError` if it is not in the set."""

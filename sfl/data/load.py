@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sfl.data.partition import take_part
-from sfl.data.read import read_examples
+from sfl.data.read import read_file
 from sfl.data.settings import DataSettings, Task
 from sfl.data.split import Splits, drop_repeats, split_examples
 from sfl.errors import DataError
@@ -15,7 +17,7 @@ def load_splits(settings: DataSettings, task: Task) -> Splits:
 
     Raises `DataError` for whatever is wrong with the file or its size.
     """
-    found = read_examples(settings.path, settings, task)
+    found, columns = read_file(settings.path, settings, task)
     kept = drop_repeats(found) if settings.drop_repeats else found
     try:
         part = take_part(
@@ -41,4 +43,4 @@ def load_splits(settings: DataSettings, task: Task) -> Splits:
         len(splits.validation),
         len(splits.test),
     )
-    return splits
+    return replace(splits, columns=columns)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sfl.data.delimited import header_of, read_delimited
 from sfl.data.example import Example, content_key
 from sfl.data.prompt import flow_class, normal_class, prompt_maker
-from sfl.data.settings import BEHAVIOUR_COLUMNS, DataSettings, Format, Task
+from sfl.data.settings import BEHAVIOUR_COLUMNS, DEFAULT_TEXT_COLUMNS, DataSettings, Format, Task
 from sfl.data.source import SEPARATORS, NumberedRow, Row, at_line, found_separator, numbered_lines, read_text
 from sfl.data.text import read_jsonl, read_plain, read_semicolon
 from sfl.data.zeek import read_zeek
@@ -26,7 +27,19 @@ _READERS: dict[Format, Callable[[Path, str], Iterator[NumberedRow]]] = {
 _SAMPLE = 50  # lines looked at to tell a format
 
 
+class Read(NamedTuple):
+    """What a file holds. `columns` is what the texts were made of: a flow's columns, or the text columns unless just `text`."""
+
+    examples: list[Example]
+    columns: tuple[str, ...]
+
+
 def read_examples(path: Path, settings: DataSettings, task: Task = "classification") -> list[Example]:
+    """The examples of `read_file`."""
+    return read_file(path, settings, task).examples
+
+
+def read_file(path: Path, settings: DataSettings, task: Task = "classification") -> Read:
     """Read `path` by `settings` (whose own path is not used) into examples, in file order.
 
     Classification keeps the labelled examples and says how many others there were. For a causal LM a flow's text is its prompt,
@@ -42,11 +55,21 @@ def read_examples(path: Path, settings: DataSettings, task: Task = "classificati
     is_flow = form in ("zeek", "delimited") and _is_flow(names) and not _has_texts(names, settings.text_columns)
     if is_flow and form == "delimited":
         rows = [(number, _with_unset(row)) for number, row in rows]
-    read = _flows if is_flow else _texts
-    examples = read(path, rows, settings, task)
-    if task == "causal-lm":
-        return examples
-    return _labelled(path, examples, form, names, settings)
+    if is_flow:
+        examples, columns = _flows(path, rows, settings, task), settings.columns
+    else:
+        examples, columns = _texts(path, rows, settings, task), settings.text_columns
+    if task == "classification":
+        examples = _labelled(path, examples, form, names, settings)
+    return Read(examples, () if columns == DEFAULT_TEXT_COLUMNS else columns)
+
+
+def with_columns(settings: DataSettings, columns: tuple[str, ...]) -> DataSettings:
+    """`settings` that make texts as those were made that `Read.columns` tells of."""
+    if not columns:
+        return settings
+    of_flows = any(column in BEHAVIOUR_COLUMNS or column.startswith("id.") for column in columns)
+    return settings.model_copy(update={"columns" if of_flows else "text_columns": columns})
 
 
 def detect_format(path: Path, text: str, settings: DataSettings) -> Format:

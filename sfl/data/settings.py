@@ -25,12 +25,13 @@ BEHAVIOUR_COLUMNS = (
     "resp_pkts",
     "resp_ip_bytes",
 )
+DEFAULT_TEXT_COLUMNS = ("text",)
 
 
 class DataSettings(BaseModel):
     """Where the examples come from, what a prompt holds, and how examples are divided."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: Path = Field(description="file with the examples")
     format: Format = Field("auto", description="format of the file; auto tells it from the content and the name")
@@ -38,7 +39,7 @@ class DataSettings(BaseModel):
         BEHAVIOUR_COLUMNS, min_length=1, description="columns of a flow that its prompt holds; id.resp_p is left out by default"
     )
     text_columns: tuple[str, ...] = Field(
-        ("text",), min_length=1, description="columns or JSON fields that hold the text; several are joined by ' || '"
+        DEFAULT_TEXT_COLUMNS, min_length=1, description="columns or JSON fields that hold the text; several are joined by ' || '"
     )
     label_column: str | None = Field(
         None, description="column or JSON field of the label; by default label, and for flows detailed-label where it is set"

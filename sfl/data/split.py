@@ -15,11 +15,15 @@ _SALT = "sfl split 1:"
 
 @dataclass(frozen=True)
 class Splits:
-    """A device's examples, each list in file order (by time if they were split by time)."""
+    """A device's examples, each list in file order (by time if they were split by time).
+
+    `columns` is what their texts were made of: see `sfl.data.read.Read`.
+    """
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    columns: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

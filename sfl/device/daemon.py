@@ -11,18 +11,18 @@ from sfl.device.trainer import DeviceTrainer
 from sfl.model.halves import load_device_half
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import inject_lora
+from sfl.model.seeds import dropout_seed
 from sfl.settings import DeviceSettings
-from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
+from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.wire.federation import FederationClient
 
 
 def run(settings: DeviceSettings) -> None:
     """Take part in one federated run. Raises the `SflError` that ends it early; what was submitted until then counts."""
-    configure_logging(settings.log_level)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(dropout_seed(settings.seed, settings.name, "device"))
     device = PreparedDevice.of(settings)
     federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
     try:

@@ -64,7 +64,7 @@ class PreparedDevice:
             cut=settings.cut,
             examples=len(self.splits.train),
             labels=self.splits.labels if settings.task == "classification" else (),
-            columns=settings.data.columns,
+            columns=self.splits.columns,
             max_length=settings.max_length,
         )
 
@@ -86,6 +86,7 @@ class PreparedDevice:
             lora=self.lora,
             optimizer=self.optimizer,
             seed=settings.seed,
+            dtype=settings.dtype,
         )
 
     def plan(self, labels: Sequence[str]) -> RunPlan:

@@ -12,6 +12,7 @@ from sfl.adapters.state import AdapterState, byte_size
 from sfl.data.batches import Batch
 from sfl.device.trainer import DeviceTrainer, Figures
 from sfl.device.triggers import upload_rule
+from sfl.errors import DataError
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import DEVICE, UpdateHeader, UploadPolicy
 from sfl.wire.frames import Traffic
@@ -31,7 +32,7 @@ class FederationLink(Protocol):
     def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
         """The layers `first_layer` to `last_layer` - 1 of a version."""
 
-    def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
+    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         """Send this device's half of an update."""
 
 
@@ -81,7 +82,10 @@ class DeviceRun:
         self._submitted_examples = 0
 
     def __iter__(self) -> Iterator[Progress]:
-        """Train to the end, pausing after each step and, while the rule waits for a version, at each look."""
+        """Train to the end, pausing after each step and, while the rule waits for a version, at each look.
+
+        Raises `DataError` at the start when the rule validates and there are no examples to do so.
+        """
         if self._rule.validates:
             self._rule.after_adoption(self._validate())
         while self.steps < self._plan.steps:
@@ -151,10 +155,19 @@ class DeviceRun:
         )
 
     def _validate(self) -> Figures:
-        return self._evaluate("validation", self._plan.validation())
+        figures = self._evaluate("validation", self._plan.validation())
+        if not figures.count:
+            raise DataError(
+                f"the federation has its devices validate, and {self._plan.device} has nothing for it: set `data.validation`"
+                " above 0 and see that the data are enough, or the federation server's `validate_every` to 0"
+            )
+        return figures
 
     def _evaluate(self, split: str, batches: Iterable[Batch]) -> Figures:
+        """Figures of `batches`; they are reported unless there was nothing to evaluate."""
         figures = self._trainer.evaluate(batches)
+        if not figures.count:
+            return figures
         shown = {name: value for name, value in asdict(figures).items() if value is not None}
         self._metrics.write("eval", split=split, step=self.steps, version=self._trainer.adapter.version, **shown)
         return figures

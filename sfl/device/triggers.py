@@ -99,7 +99,8 @@ class PerformanceTrigger:
 class TriggeredUploads:
     """GSFS: upload when either trigger fires, at least `min_steps` steps apart, and never wait.
 
-    With `validate_every` 0 nothing is validated and the performance trigger never fires.
+    A local validation is due `validate_every` steps after the last one, however often was uploaded since, and no sooner than
+    an upload is possible. With `validate_every` 0 nothing is validated and the performance trigger never fires.
     """
 
     waits = False
@@ -110,14 +111,15 @@ class TriggeredUploads:
         self._performance = PerformanceTrigger(policy.metric, policy.threshold, policy.threshold_growth, policy.threshold_decay)
         self._min_steps = policy.min_steps
         self._validate_every = policy.validate_every
-        self._steps = 0
+        self._steps = 0  # since the last upload
+        self._unseen = 0  # steps since the last validation that was due
 
     def validation_due(self) -> bool:
-        steps = self._steps + 1
-        return self.validates and steps >= self._min_steps and steps % self._validate_every == 0
+        return self.validates and self._steps + 1 >= self._min_steps and self._unseen + 1 >= self._validate_every
 
     def after_step(self, layer_norms: Mapping[int, float], figures: Figures | None) -> str | None:
         self._steps += 1
+        self._unseen = 0 if figures is not None else self._unseen + 1
         gradient = self._gradient.observe(layer_norms)
         performance = figures is not None and self._performance.observe(figures)
         if self._steps < self._min_steps:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Coroutine
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,49 +22,66 @@ from sfl.model.halves import load_edge_half
 from sfl.model.load import load_config
 from sfl.model.lora import AdapterSlots, head_state, initial_adapter, inject_lora, resolve_targets
 from sfl.settings import EdgeSettings
-from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
+from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1 import federation_pb2
 from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
 from sfl.wire.adapters import lora_to_wire
-from sfl.wire.channel import serve, stop
+from sfl.wire.channel import check_listen, serve, stop
 from sfl.wire.federation import FederationClient
 
 _GRACE_S = 2.0  # for open streams when the server stops
 
 
 def run(settings: EdgeSettings) -> None:
-    """Serve devices until SIGTERM or SIGINT. Raises the `SflError` that keeps the edge from serving."""
-    configure_logging(settings.log_level)
+    """Serve devices until SIGTERM or SIGINT. Raises the `SflError` that keeps the edge from serving.
+
+    Until all members have agreed everything happens here, in the main thread, where a signal ends any waiting at once.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    asyncio.run(_run(settings))
-
-
-async def _run(settings: EdgeSettings) -> None:
-    server, address = serve(settings.listen)  # first, so that a port in use is found before a model is loaded
+    check_listen(settings.listen)
     lora = resolve_targets(load_config(settings.model), settings.lora.spec())
     fingerprint = model_fingerprint(settings.model)
-    federation = await asyncio.to_thread(
-        FederationClient, settings.federation, settings.name, settings.wait_s, settings.give_up_s
-    )
-    worker = ComputeWorker(ORDERS[settings.order])
+    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
     try:
-        await asyncio.to_thread(federation.join, _join_request(settings, lora, fingerprint))
-        agreement = await asyncio.to_thread(federation.agreement, settings.join_wait_s)
-        # On the worker's thread, which is the only one that computes: see SplitService.
-        loaded = worker.submit(settings.lowest_cut, partial(_load, settings, lora, list(agreement.labels)))
-        half, slots, initial = await asyncio.wrap_future(loaded)
-        engine = EdgeEngine(half, slots, settings.task, lora, fingerprint)
-        with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
-            service = SplitService(
-                engine, worker, EdgeVersions(federation, settings.lowest_cut), federation, metrics, settings.give_up_s
-            )
-            add_SplitTrainingServicer_to_server(service, server)
-            await server.start()
-            log.info("edge server %s listens on %s", settings.name, address)
-            await asyncio.to_thread(federation.propose, _proposal(settings, half), initial)
-            await _told_to_stop()
+        federation.join(_join_request(settings, lora, fingerprint))
+        agreement = federation.agreement(settings.join_wait_s)
+        worker = ComputeWorker(ORDERS[settings.order])
+        try:
+            asyncio.run(_run(settings, lora, fingerprint, list(agreement.labels), federation, worker))
+        finally:
+            worker.stop()
+    finally:
+        federation.close()
+
+
+async def _run(
+    settings: EdgeSettings,
+    lora: LoraSpec,
+    fingerprint: str,
+    labels: list[str],
+    federation: FederationClient,
+    worker: ComputeWorker,
+) -> None:
+    told = _stop_signals()
+    server, address = serve(settings.listen)
+    # On the worker's thread, which is the only one that computes: see SplitService.
+    loaded = worker.submit(settings.lowest_cut, partial(_load, settings, lora, labels))
+    half, slots, initial = await asyncio.wrap_future(loaded)
+    engine = EdgeEngine(half, slots, settings.task, lora, fingerprint)
+    with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
+        service = SplitService(
+            engine, worker, EdgeVersions(federation, settings.lowest_cut), federation, metrics, settings.give_up_s
+        )
+        add_SplitTrainingServicer_to_server(service, server)
+        await server.start()
+        log.info("edge server %s listens on %s", settings.name, address)
+        try:
+            await _unless(told, asyncio.to_thread(_propose, federation, _proposal(settings, half), initial))
+            await told.wait()
+        finally:
             await stop(server, _GRACE_S)
+            federation.close()  # or the loop would wait for calls that are still tried again
             metrics.write(
                 "end",
                 steps=service.steps,
@@ -70,9 +89,6 @@ async def _run(settings: EdgeSettings) -> None:
                 bytes_sent=service.traffic.sent + federation.traffic.sent,
                 peak_rss_mb=round(peak_rss_mb(), 1),
             )
-    finally:
-        worker.stop()
-        federation.close()
 
 
 def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterSlots, AdapterState]:
@@ -90,7 +106,13 @@ def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> f
         base_model=settings.model,
         model_fingerprint=fingerprint,
         lora=lora_to_wire(lora),
+        cut=settings.lowest_cut,
     )
+
+
+def _propose(federation: FederationClient, header: federation_pb2.ProposalHeader, initial: AdapterState) -> None:
+    if not federation.propose(header, initial):
+        log.info("version 0 is another edge server's, or there are versions already")
 
 
 def _proposal(settings: EdgeSettings, half: EdgeHalf) -> federation_pb2.ProposalHeader:
@@ -102,9 +124,18 @@ def _proposal(settings: EdgeSettings, half: EdgeHalf) -> federation_pb2.Proposal
     )
 
 
-async def _told_to_stop() -> None:
-    """SIGTERM or SIGINT. Until the edge serves they end the process as they always do: there is nothing to lose yet."""
+def _stop_signals() -> asyncio.Event:
+    """Set by SIGTERM and SIGINT, which no longer end the process by themselves."""
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    await told.wait()
+    return told
+
+
+async def _unless(told: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
+    """Wait for `work`, whose error is raised, but no longer than until `told`."""
+    working, telling = asyncio.create_task(work), asyncio.create_task(told.wait())
+    await asyncio.wait({working, telling}, return_when=asyncio.FIRST_COMPLETED)
+    telling.cancel()
+    if working.done():
+        working.result()

@@ -11,9 +11,10 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, edge_half
 from sfl.errors import RefusedError, WireError
 from sfl.model.cut import EdgeHalf, check_cut
-from sfl.model.load import check_max_length
+from sfl.model.load import check_max_length, dtype_name
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import AdapterSlots
+from sfl.model.seeds import dropout_seed
 from sfl.model.tasks import IGNORED, score
 from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
 
@@ -60,6 +61,10 @@ class EdgeEngine:
             raise RefusedError(f"the LoRA settings differ between {request.device} and the edge: {differing}")
         if request.task != self.task:
             raise RefusedError(f"{request.device} trains for {request.task}, this edge for {self.task}")
+        if (dtype := dtype_name(self.dtype)) != request.dtype:
+            raise RefusedError(
+                f"{request.device} computes in {request.dtype or 'an unnamed dtype'}, this edge in {dtype}: set `dtype` alike"
+            )
         check_cut(self._half.config, request.cut)
         if request.cut < self._half.lowest_cut:
             raise RefusedError(
@@ -79,7 +84,7 @@ class EdgeEngine:
         """
         self.check(request)
         adapter = LocalAdapter(self._slots, edge_half(state, request.cut), request.cut, request.version, request.optimizer)
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = torch.Generator().manual_seed(dropout_seed(request.seed, request.device, "edge"))
         session = Session(request, adapter, generator.get_state())
         self._sessions[request.device] = session
         return session
@@ -87,8 +92,8 @@ class EdgeEngine:
     def step(self, session: Session, step: int, version: int, batch: CutBatch) -> StepResult:
         """Forward from the cut, backward to it, one optimiser step. The last step asked again is answered again.
 
-        Raises `WireError` when the version is not the session's, the step not the next one, a label is none or the loss is
-        not finite, and `ModelError` for more tokens than the model takes. Nothing has been trained then.
+        Raises `WireError` when the version is not the session's, the step not the next one, a label is none or the loss
+        or a gradient is not finite, and `ModelError` for more tokens than the model takes. Nothing has been trained then.
         """
         self._require_version(session, version)
         if step == session.last_step and session.last_result is not None:
@@ -105,8 +110,11 @@ class EdgeEngine:
             if not math.isfinite(loss.item()):
                 raise WireError(f"the loss of step {step} is {loss.item()}: lower the learning rate, and give some token a label")
             loss.backward()
-            session.random_state = torch.get_rng_state()
+            random_state = torch.get_rng_state()
         norms, gradient = session.adapter.layer_norms(), _gradient(activation)
+        if not (all(map(math.isfinite, norms.values())) and torch.isfinite(gradient).all()):
+            raise WireError(f"the gradients of step {step} are not finite: lower the learning rate")
+        session.random_state = random_state
         session.adapter.step()
         result = StepResult(step, version, loss.item(), norms, gradient)
         session.last_step, session.last_result = step, result

@@ -27,6 +27,8 @@ from sfl.wire.tensors import RawTensor
 Answer = tuple[EdgeMessage, list[RawTensor]]
 Result = TypeVar("Result")
 
+MAX_BATCH_BYTES = 2**30  # of one request: 64 texts of 2048 tokens in bf16 at a hidden size of 4096, say
+
 
 class SplitService(SplitTrainingServicer):
     """Takes requests apart, has them computed, and sends the halves of submissions on to the federation server.
@@ -53,7 +55,7 @@ class SplitService(SplitTrainingServicer):
         self._keep_s = keep_s
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
-        self._uploads: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # session -> submission -> its half on its way
+        self._uploads: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # device -> submission -> its half on its way
 
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
@@ -62,7 +64,7 @@ class SplitService(SplitTrainingServicer):
 
         From a request's first byte to its answer there are heartbeats: neither a slow uplink nor a slow edge is silent.
         """
-        assembler: Assembler[DeviceMessage] = Assembler(self.traffic)
+        assembler: Assembler[DeviceMessage] = Assembler(self.traffic, max_bytes=0)  # no tensors before a session
         stream = _Stream()
         work: asyncio.Future[Any] | None = None  # what is being waited for
         try:
@@ -79,6 +81,8 @@ class SplitService(SplitTrainingServicer):
                 work = answer = asyncio.create_task(self._answer(stream, *whole))
                 while not await _done(answer, HEARTBEAT_S):
                     yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
+                if stream.session is not None:
+                    assembler.max_bytes = MAX_BATCH_BYTES
                 for reply in frames(*answer.result(), self.traffic):
                     yield reply
         except WireError as error:
@@ -112,6 +116,7 @@ class SplitService(SplitTrainingServicer):
         session = self._engine.resume(request)
         if session is None:
             self._engine.check(request)
+            self._uploads.pop(request.device, None)  # those of an earlier session
             state = await self._versions.get(request.version)
             # Another stream of the device may have opened it in the meantime.
             session = await self._compute(request, lambda: self._engine.resume(request) or self._engine.open(request, state))
@@ -121,7 +126,7 @@ class SplitService(SplitTrainingServicer):
         stream.session = session
         self._streams[request.device] = stream
         self._stop_expiry(request.device)
-        return EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step, version=session.adapter.version)), []
+        return EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step)), []
 
     async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
         loop = asyncio.get_running_loop()
@@ -161,7 +166,7 @@ class SplitService(SplitTrainingServicer):
 
     async def _submit(self, session: Session, message: split_pb2.SubmitHalf) -> Answer:
         device = session.request.device
-        uploads = self._uploads.setdefault(session.request.session, {})
+        uploads = self._uploads.setdefault(device, {})
         if message.submission not in uploads:
             progress = await self._compute(
                 session.request, lambda: self._engine.take_progress(session, message.submission, message.version)
@@ -196,7 +201,7 @@ class SplitService(SplitTrainingServicer):
 
         The session stays as if the device had gone: should this answer be lost, it comes back and closes once more.
         """
-        uploads = list(self._uploads.get(session.request.session, {}).values())
+        uploads = list(self._uploads.get(session.request.device, {}).values())
         if uploads:
             await asyncio.wait(uploads)
         for upload in uploads:
@@ -236,7 +241,7 @@ class SplitService(SplitTrainingServicer):
 
     def _forget(self, session: Session) -> None:
         del self._expiries[session.request.device]
-        self._uploads.pop(session.request.session, None)
+        self._uploads.pop(session.request.device, None)
         self._engine.close(session)
 
 

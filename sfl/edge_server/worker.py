@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from sfl.errors import SflError
+from sfl.telemetry import log
 
 Result = TypeVar("Result")
 
@@ -85,4 +86,11 @@ class ComputeWorker:
         with self._changed:
             while not self._waiting and not self._stopped:
                 self._changed.wait()
-            return None if self._stopped else self._waiting.pop(self._order(self._waiting))
+            return None if self._stopped else self._take()
+
+    def _take(self) -> Job:
+        try:
+            return self._waiting.pop(self._order(self._waiting))
+        except Exception as error:  # noqa: BLE001  # an order is somebody's own code, and all devices depend on this thread
+            log.error("the serve order failed (%s: %s); the job that came first is served", type(error).__name__, error)
+            return self._waiting.pop(0)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sfl.adapters.layout import AdapterLayout
+from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half, require_same_keys
 from sfl.errors import AdapterError, RefusedError, SettingsError, SflError
 from sfl.fed_server.members import Member, Roster
@@ -67,7 +68,7 @@ class Federation:
         self._proposer: str | None = None
         newest = store.newest()
         earlier = None if newest is None else newest.layout
-        self._roster = Roster(settings.devices, settings.away_after_s, clock, earlier, str(store.folder))
+        self._roster = Roster(settings.devices, settings.away_after_s, settings.join_wait_s, clock, earlier, str(store.folder))
         if newest is not None:
             self._resume(newest.number, newest.layout)
 
@@ -202,9 +203,15 @@ class Federation:
     def fetch(self, name: str, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
         """The tensors of `version` in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0.
 
-        Raises `RefusedError` for a version that is not there.
+        Raises `RefusedError` for a version that is not there, and for layers below the lowest cut of an edge server.
         """
+        member = self._roster.get(name)
         self._roster.heard(name)
+        if member.role == "edge" and first_layer < member.cut:
+            raise RefusedError(
+                f"{member.describe()} asked for layers from {first_layer} on, but joined with {member.cut} as its lowest cut:"
+                " what lies below it belongs to devices"
+            )
         try:
             state = self._store.load(version)
         except AdapterError as error:
@@ -214,8 +221,8 @@ class Federation:
 
     # Updates
 
-    def submit(self, half: Half, state: AdapterState) -> bool:
-        """Take one half of an update; whether it had arrived before, in which case nothing happens.
+    def submit(self, half: Half, state: AdapterState) -> None:
+        """Take one half of an update; nothing happens when it had arrived before.
 
         Raises `RefusedError` for a device or version that is unknown and for halves that do not belong together,
         `AdapterError` when the tensors are not exactly that half of the global adapter at the device's cut.
@@ -224,7 +231,7 @@ class Federation:
         if half.half == "device":
             self._roster.heard(half.device)
         if self._pool.knows(half):
-            return True
+            return
         newest = self._store.newest()
         if not half.submission:
             raise RefusedError(f"a submission of {device.describe()} has no id")
@@ -237,14 +244,13 @@ class Federation:
             raise RefusedError(f"{device.describe()} submitted an update after the federation had finished")
         part = device_half if half.half == "device" else edge_half
         require_same_keys(state, part(newest.state, device.cut))
-        if self._pool.add(half, state, device.examples):
+        if self._pool.add(half, state):
             self._aggregate_if_due()
-        return False
 
     def _aggregate_if_due(self) -> None:
         """Aggregate when the strategy says so; while all devices are away, wait for one that comes back or for the end."""
         pooled, present = self._pool.devices(), self._roster.present_devices()
-        if pooled and present and self._strategy.due(pooled, present, self._pool.waited_s()):
+        if pooled and present and self._strategy.due(pooled, present, self._roster.missing(), self._pool.waited_s()):
             self._aggregate()
 
     def _aggregate(self) -> None:
@@ -252,12 +258,17 @@ class Federation:
         if newest is None:
             return
         started = time.perf_counter()
-        updates = self._pool.updates()
+        devices = self._pool.devices()
+        updates = self._pool.updates({device: self._roster.get(device).examples for device in devices})
         try:
-            state, weights = self._strategy.aggregate(newest.state, updates, self._roster.examples())
+            state, weights = self._strategy.aggregate(newest.state, updates, self._roster.examples(devices))
             self._store.publish(newest.number + 1, state, newest.layout)
-        except AdapterError as error:  # a full disk, say; the pool stays, and the next tick tries again
+        except AdapterWriteError as error:  # a full disk, say; the pool stays, and the next tick tries again
             log.error("%s", error)
+            return
+        except AdapterError as error:  # would come again at every tick
+            log.error("the updates of %s are lost: %s", ", ".join(sorted(devices)), error)
+            self._pool.clear()
             return
         self._pool.clear()
         self.aggregations += 1
@@ -268,6 +279,8 @@ class Federation:
             devices=weights,
             lags={update.device: newest.number - update.version for update in updates},
             submissions=pooled,
+            steps={update.device: update.steps for update in updates},
+            trained_on={update.device: update.trained_on for update in updates},
             wall_s=round(time.perf_counter() - started, 4),
         )
         log.info("version %d from %d submissions of %s", newest.number + 1, pooled, ", ".join(sorted(weights)))
@@ -291,12 +304,23 @@ class Federation:
     def tick(self) -> None:
         """What time brings: halves expire, devices that went away are no longer waited for, the federation ends."""
         self._log_expired(self._pool.expire())
+        if self.agreement is None:
+            self._forget_away()
         if self.finished:
             return
         if self._roster.all_done() and self.version is not None:
             self._finish()
         else:
             self._aggregate_if_due()
+
+    def _forget_away(self) -> None:
+        """Nothing rests on who has gone before the agreement; so it may come back with corrected settings, or another name."""
+        forgotten = self._roster.forget_away()
+        for member in forgotten:
+            log.info("%s has gone and is forgotten", member.describe())
+        if forgotten:
+            self.failure = None  # it came from the data of all who were there
+            self.on_change()
 
     def _finish(self) -> None:
         if self._pool.devices() and self._strategy.final:

@@ -9,7 +9,7 @@ from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.service import FederationService
 from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
-from sfl.telemetry import MetricsWriter, configure_logging, log, peak_rss_mb
+from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1.federation_pb2_grpc import add_FederationServicer_to_server
 from sfl.wire.channel import serve, stop
 
@@ -20,7 +20,6 @@ _GRACE_S = 2.0  # for calls under way when the server stops
 def run(settings: FedSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises `SettingsError` for an address that cannot be bound or labels that cannot be,
     `AdapterError` when the versions to resume from are damaged."""
-    configure_logging(settings.log_level)
     with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
         asyncio.run(_serve(settings, metrics))
 

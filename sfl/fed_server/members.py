@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ class UnknownMemberError(RefusedError):
 
 @dataclass(frozen=True)
 class Member:
-    """A device or an edge server, as it joins; what follows `lora` is said by devices only. See federation.proto."""
+    """A device or an edge server, as it joins; what follows `cut` is said by devices only. See federation.proto."""
 
     name: str
     role: Role
@@ -90,13 +91,15 @@ class _Entry:
 class Roster:
     """All that have joined. A member is present while it watches and for `away_after_s` after it was last heard of.
 
-    `clock` gives seconds that never go back. A run that resumes gives the `earlier` adapter's layout and its `folder`.
+    Devices that have not joined `join_wait_s` after the start are not expected any more. `clock` gives seconds that never
+    go back. A run that resumes gives the `earlier` adapter's layout and its `folder`.
     """
 
     def __init__(
         self,
         expected: int,
         away_after_s: float,
+        join_wait_s: float,
         clock: Callable[[], float],
         earlier: AdapterLayout | None = None,
         folder: str = "",
@@ -104,14 +107,25 @@ class Roster:
         self._expected = expected
         self._away_after_s = away_after_s
         self._clock = clock
-        self._started = clock()
+        self._join_until = clock() + join_wait_s
         self._entries: dict[str, _Entry] = {}
-        self._common: Common | None = None
-        self._prompts: Prompts | None = None
-        if earlier is not None:
-            source = f"the adapter of an earlier run in {folder}"
-            self._common = Common(source, earlier.task, earlier.model_fingerprint, earlier.lora)
-            self._prompts = Prompts(source, earlier.columns, earlier.max_length)
+        self._earlier = earlier
+        self._source = f"the adapter of an earlier run in {folder}"
+
+    def _common(self) -> Common | None:
+        if self._earlier is not None:
+            return Common(self._source, self._earlier.task, self._earlier.model_fingerprint, self._earlier.lora)
+        for entry in self._entries.values():
+            first = entry.member
+            return Common(first.describe(), first.task, first.model_fingerprint, first.lora)
+        return None
+
+    def _prompts(self) -> Prompts | None:
+        if self._earlier is not None:
+            return Prompts(self._source, self._earlier.columns, self._earlier.max_length)
+        for first in self.devices():
+            return Prompts(first.describe(), first.columns, first.max_length)
+        return None
 
     def check(self, member: Member) -> None:
         """Raise `RefusedError` unless `member` can take part; changes nothing."""
@@ -123,8 +137,11 @@ class Roster:
                 f"{member.describe()} cannot join: {known.member.describe()} has that name, with other settings or data,"
                 f" and is there; give each its own name, or wait {self._away_after_s:g} s after it has gone"
             )
-        if self._common is not None:
-            self._common.require(member)
+        common = self._common()
+        if common is not None:
+            common.require(member)
+        if member.cut < 1:
+            raise RefusedError(f"{member.describe()} cannot join: the least cut is 1")
         if member.role == "device":
             self._check_device(member)
 
@@ -135,20 +152,15 @@ class Roster:
                 f"{member.describe()} cannot join: the {self._expected} expected devices are {', '.join(others)};"
                 " raise `devices` in the federation server's settings"
             )
-        if member.cut < 1:
-            raise RefusedError(f"{member.describe()} cannot join: the least cut is 1")
         if member.examples < 1:
             raise RefusedError(f"{member.describe()} cannot join: it has no training examples")
-        if self._prompts is not None:
-            self._prompts.require(member)
+        prompts = self._prompts()
+        if prompts is not None:
+            prompts.require(member)
 
     def add(self, member: Member) -> Member | None:
         """Take `member`, already checked, or take it back; what was known under its name before, if that differs."""
         known = self._entries.get(member.name)
-        if self._common is None:
-            self._common = Common(member.describe(), member.task, member.model_fingerprint, member.lora)
-        if self._prompts is None and member.role == "device":
-            self._prompts = Prompts(member.describe(), member.columns, member.max_length)
         if known is None:
             self._entries[member.name] = _Entry(member, self._clock())
             return None
@@ -156,8 +168,15 @@ class Roster:
         known.seen, known.left = self._clock(), False
         return before if before != member else None
 
+    def forget_away(self) -> list[Member]:
+        """Forget the members that are not there: their names, and what the others had to have in common with them."""
+        away = [entry.member for entry in self._entries.values() if not self._present(entry)]
+        for member in away:
+            del self._entries[member.name]
+        return away
+
     def knows(self, name: str) -> bool:
-        """Whether a member of that name has ever joined."""
+        """Whether a member of that name has joined."""
         return name in self._entries
 
     def get(self, name: str) -> Member:
@@ -172,12 +191,17 @@ class Roster:
         return member
 
     def devices(self) -> list[Member]:
-        """All devices that have ever joined, also those that are away or have left."""
+        """All devices that have joined, also those that are away or have left."""
         return [entry.member for entry in self._entries.values() if entry.member.role == "device"]
 
-    def examples(self) -> int:
-        """Training examples of all devices that have ever joined."""
-        return sum(device.examples for device in self.devices())
+    def examples(self, pooled: AbstractSet[str]) -> int:
+        """Training examples of all devices that are present, have left or are among `pooled`: not of those that died."""
+        counted = (e for name, e in self._entries.items() if e.left or name in pooled or self._present(e))
+        return sum(entry.member.examples for entry in counted)
+
+    def missing(self) -> int:
+        """Number of devices that are expected to join yet: none once the time for it is over."""
+        return 0 if self._clock() > self._join_until else max(0, self._expected - len(self.devices()))
 
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
@@ -202,11 +226,9 @@ class Roster:
         return {name for name, entry in self._entries.items() if entry.member.role == "device" and self._present(entry)}
 
     def all_done(self) -> bool:
-        """Whether at least one device has left and every other expected one has left or is away past the grace."""
-        devices = [entry for entry in self._entries.values() if entry.member.role == "device"]
-        if len(devices) < self._expected and self._clock() - self._started <= self._away_after_s:
-            return False
-        return any(entry.left for entry in devices) and not self.present_devices()
+        """Whether at least one device has left and no other one is present or expected to join yet."""
+        left = any(entry.left for entry in self._entries.values())
+        return left and not self.missing() and not self.present_devices()
 
     def _present(self, entry: _Entry) -> bool:
         return not entry.left and (entry.watches > 0 or self._clock() - entry.seen <= self._away_after_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sfl.adapters.state import AdapterState, total
@@ -47,16 +47,15 @@ class Pool:
         self._updates: dict[str, Update] = {}
         self._submissions: dict[str, int] = {}
         self._since = 0.0
-        self.expired = 0
 
     def knows(self, half: Half) -> bool:
         """Whether this half has arrived before."""
         return (half.device, half.submission, half.half) in self._known
 
-    def add(self, half: Half, state: AdapterState, examples: int) -> bool:
+    def add(self, half: Half, state: AdapterState) -> bool:
         """Take a half that is new and was checked; True when it makes a whole update with the one that was there.
 
-        `examples` is |D_k| of its device. Raises `RefusedError` when the two stem from different versions.
+        Raises `RefusedError` when the two stem from different versions.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
@@ -70,16 +69,24 @@ class Pool:
         else:
             del self._pending[key]
             header = half if half.half == "device" else other.header
-            self._pool(header, state | other.state, examples)
+            self._pool(header, state | other.state)
         self._known.add((*key, half.half))
         return other is not None
 
-    def _pool(self, header: Half, delta: AdapterState, examples: int) -> None:
+    def _pool(self, header: Half, delta: AdapterState) -> None:
         device = header.device
         if not self._updates:
             self._since = self._clock()
         self._submissions[device] = self._submissions.get(device, 0) + 1
-        update = Update(device, delta, header.version, examples, self._submissions[device], 1, header.examples, header.steps)
+        update = Update(
+            device,
+            delta,
+            header.version,
+            examples=0,  # not known here: see `updates`
+            submissions=self._submissions[device],
+            trained_on=header.examples,
+            steps=header.steps,
+        )
         before = self._updates.get(device)
         if before is not None:
             update = dataclasses.replace(
@@ -100,9 +107,9 @@ class Pool:
         """Seconds since the first update of the pool."""
         return self._clock() - self._since
 
-    def updates(self) -> list[Update]:
-        """The updates, sorted by device."""
-        return [self._updates[device] for device in sorted(self._updates)]
+    def updates(self, examples: Mapping[str, int]) -> list[Update]:
+        """The updates, sorted by device; `examples` is |D_k| of each of these devices now, not when it submitted."""
+        return [dataclasses.replace(self._updates[device], examples=examples[device]) for device in sorted(self._updates)]
 
     def clear(self) -> None:
         """Forget the updates, which have been aggregated; halves stay."""
@@ -130,6 +137,5 @@ class Pool:
     def _drop(self, half: Half) -> None:
         del self._pending[(half.device, half.submission)]
         self._known.discard((half.device, half.submission, half.half))
-        self.expired += 1
         missing = "edge" if half.half == "device" else "device"
         log.warning("submission %s of device '%s' is lost: its %s half never came", half.submission, half.device, missing)

@@ -13,19 +13,18 @@ import grpc.aio
 from sfl.adapters.state import AdapterState
 from sfl.errors import AdapterError, SflError, WireError
 from sfl.fed_server.coordinator import Federation, Placement
-from sfl.fed_server.members import Member, Role, UnknownMemberError
-from sfl.fed_server.pool import Half
+from sfl.fed_server.members import UnknownMemberError
+from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationServicer
 from sfl.v1.split_pb2 import Heartbeat
-from sfl.wire.adapters import from_tensors, lora_from_wire, to_tensors
+from sfl.wire.adapters import from_tensors, to_tensors
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.frames import Assembler, Traffic, frames
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_ROLES: dict[pb.Role, Role] = {pb.DEVICE: "device", pb.EDGE: "edge"}
 _MAX_PROPOSAL_BYTES = 2 * 2**30
 
 
@@ -109,8 +108,8 @@ class FederationService(FederationServicer):  # type: ignore[misc]
         async with _refusing(context):
             limit = 2 * self._federation.adapter_bytes + 2**20  # room for a wrong half, which gets a better message
             message, state = await self._receive(requests, "update", limit)
-            duplicate = self._federation.submit(half_from_wire(message.update), state)
-        return pb.SubmitReply(duplicate=duplicate)
+            self._federation.submit(half_from_wire(message.update), state)
+        return pb.SubmitReply()
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         async with _refusing(context):
@@ -160,29 +159,3 @@ async def _refusing(context: Context) -> AsyncIterator[None]:
     except SflError as error:
         log.warning("refused: %s", error)
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-
-
-def _role(role: pb.Role) -> Role:
-    if role not in _ROLES:
-        raise WireError(f"role {role} is unknown: a member is a device or an edge server")
-    return _ROLES[role]
-
-
-def member_from_wire(request: pb.JoinRequest) -> Member:
-    return Member(
-        name=request.name,
-        role=_role(request.role),
-        task=request.task,
-        base_model=request.base_model,
-        model_fingerprint=request.model_fingerprint,
-        lora=lora_from_wire(request.lora),
-        cut=request.cut,
-        examples=request.examples,
-        labels=tuple(request.labels),
-        columns=tuple(request.columns),
-        max_length=request.max_length,
-    )
-
-
-def half_from_wire(header: pb.UpdateHeader) -> Half:
-    return Half(header.submission, header.device, _role(header.half), header.version, header.examples, header.steps)

@@ -22,6 +22,7 @@ class Version(NamedTuple):
 
 class VersionStore:
     """Keeps version N in `folder`/vN, in PEFT's format; resumes from the newest one when there already is any.
+    What a killed server left unfinished there is deleted.
 
     Raises `AdapterError` when that one is damaged.
     """
@@ -29,7 +30,8 @@ class VersionStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._newest: Version | None = None
-        numbers = _numbers(folder)
+        peft_format.sweep(folder)
+        numbers = version_numbers(folder)
         if numbers:
             self._newest = Version(max(numbers), *peft_format.read(self._path(max(numbers))))
 
@@ -40,8 +42,8 @@ class VersionStore:
     def publish(self, number: int, state: AdapterState, layout: AdapterLayout) -> None:
         """Write a version and make it the newest.
 
-        Raises `AdapterError`, and keeps the newest as it was, when it is not the next one, does not fit `layout` or cannot
-        be written.
+        Raises `AdapterError`, and keeps the newest as it was, when it is not the next one or does not fit `layout`, and
+        `AdapterWriteError` when it cannot be written.
         """
         following = 0 if self._newest is None else self._newest.number + 1
         if number != following:
@@ -62,7 +64,8 @@ class VersionStore:
         return self.folder / f"v{number}"
 
 
-def _numbers(folder: Path) -> list[int]:
+def version_numbers(folder: Path) -> list[int]:
+    """The versions that `folder` holds, in no order; none where there is no such folder."""
     if not folder.is_dir():
         return []
     matches = (re.fullmatch(r"v(\d+)", path.name) for path in folder.iterdir())

@@ -185,7 +185,7 @@ def drop_below(model: PreTrainedModel, cut: int) -> None:
     for index in range(cut):
         blocks[index] = PassThrough(family.returns_tuple)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if head is None:  # a tied LM head still has to be loaded from the token embedding
+    if head is None or not model.config.tie_word_embeddings:  # a tied LM head has to be loaded from the token embedding
         _drop_embedding(model)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PretrainedConfig
 
+from sfl.data.settings import Task
 from sfl.errors import ModelError
-
-Task = Literal["classification", "causal-lm"]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sfl.data.settings import Task
 from sfl.model.cut import DeviceHalf, EdgeHalf, check_cut, drop_above, drop_below
-from sfl.model.families import Task
-from sfl.model.load import Dtype, load_config, load_task_model
+from sfl.model.load import load_config, load_task_model
+from sfl.settings import Dtype
 
 
 def load_device_half(name_or_dir: str | Path, cut: int, dtype: Dtype = "fp32") -> DeviceHalf:

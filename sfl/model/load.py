@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +20,18 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from sfl.data.settings import Task
 from sfl.errors import ModelError
-from sfl.model.families import FAMILIES, Family, Task, family_of, require_task
+from sfl.model.families import FAMILIES, Family, family_of, require_task
+from sfl.settings import Dtype
 
-Dtype = Literal["fp32", "bf16"]
 _hf_logging: Any = logging  # not annotated
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What settings and messages call a model's `dtype`: `fp32` or `bf16`."""
+    return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype))
 
 
 def load_config(name_or_dir: str | Path) -> PretrainedConfig:

@@ -18,15 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState
+from sfl.data.settings import Task
 from sfl.errors import AdapterError, ModelError
 from sfl.model.cut import DeviceHalf, EdgeHalf
-from sfl.model.families import Family, Task, family_of, require_task
+from sfl.model.families import Family, family_of, require_task
 
 _ADAPTER = "default"  # peft's own name for an only adapter
 
 
 def resolve_targets(config: PretrainedConfig, lora: LoraSpec) -> LoraSpec:
-    """`lora` with its target modules spelt out and checked against the model.
+    """`lora` with its target modules spelt out, sorted and checked against the model.
 
     None become peft's default for the family; `("all-linear",)` becomes every linear module of a block. A name matches a
     module as peft matches it: by its whole path or by the path's end, as in `q_proj` or `attention.output.dense`.
@@ -46,13 +47,14 @@ def resolve_targets(config: PretrainedConfig, lora: LoraSpec) -> LoraSpec:
     targets = tuple(lora.target_modules)
     if targets == ("all-linear",):
         targets = tuple(inside)
-    for target in targets or _default_targets(family):
+    targets = tuple(sorted(set(targets or _default_targets(family))))  # the same whoever spells them in another order
+    for target in targets:
         if not any(_matches(name, target) for name in inside):
             raise ModelError(f"LoRA target '{target}' matches nothing in a block; a block has {', '.join(inside)}")
         for name in outside:
             if _matches(name, target):
                 raise ModelError(f"LoRA target '{target}' also matches '{name}' outside the blocks: give more of its path")
-    return dataclasses.replace(lora, target_modules=targets or _default_targets(family))
+    return dataclasses.replace(lora, target_modules=targets)
 
 
 def _skeleton(config: PretrainedConfig) -> nn.Module:

@@ -189,10 +189,8 @@ class UpdateHeader(_message.Message):
     def __init__(self, submission: _Optional[str] = ..., device: _Optional[str] = ..., half: _Optional[_Union[Role, str]] = ..., version: _Optional[int] = ..., examples: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ("duplicate",)
-    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
-    duplicate: bool
-    def __init__(self, duplicate: _Optional[bool] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class VersionHeader(_message.Message):
     __slots__ = ("version",)

@@ -72,7 +72,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed")
+    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed", "dtype")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class Open(_message.Message):
     LORA_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     session: str
     device: str
     task: str
@@ -91,15 +92,14 @@ class Open(_message.Message):
     lora: Lora
     optimizer: Optimizer
     seed: int
-    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
+    dtype: str
+    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("last_step", "version")
+    __slots__ = ("last_step",)
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
     last_step: int
-    version: int
-    def __init__(self, last_step: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    def __init__(self, last_step: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("step", "version")

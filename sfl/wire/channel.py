@@ -46,8 +46,7 @@ _REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,  # an exception in the peer's handler; INTERNAL comes from a proxy or a broken connection
 }
 
 Result = TypeVar("Result")
@@ -87,8 +86,18 @@ def serve(address: str) -> tuple[grpc.aio.Server, str]:
     try:
         bound = server.add_insecure_port(address)  # credentials go here
     except RuntimeError as error:
-        raise SettingsError(f"cannot listen on {address}: {_why_not(host, port)}; choose another with `listen`") from error
+        raise _cannot_listen(address, _bind_error(host, port) or "gRPC could not bind it") from error
     return server, f"{host}:{bound}"
+
+
+def check_listen(address: str) -> None:
+    """Raise the `SettingsError` that `serve` would, before anything slow is begun."""
+    if (reason := _bind_error(*check_address(address))) is not None:
+        raise _cannot_listen(address, reason)
+
+
+def _cannot_listen(address: str, reason: str) -> SettingsError:
+    return SettingsError(f"cannot listen on {address}: {reason}; choose another with `listen`")
 
 
 async def stop(server: grpc.aio.Server, grace_s: float) -> None:
@@ -102,11 +111,11 @@ async def stop(server: grpc.aio.Server, grace_s: float) -> None:
         await asyncio.wait(others, timeout=grace_s)
 
 
-def _why_not(host: str, port: int) -> str:
-    """Bind once more with a plain socket, whose error says what gRPC's does not."""
+def _bind_error(host: str, port: int) -> str | None:
+    """Why a plain socket cannot be bound there, which gRPC does not say; None if it can."""
     try:
         with socket.create_server((host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return "gRPC could not bind it"
+            return None
     except OSError as error:
         return f"{error.strerror or error}"
 
@@ -119,9 +128,10 @@ def error_from(error: grpc.RpcError, peer: str) -> SflError:
     return UnreachableError(f"{peer} is out of reach ({code.name}: {details})")
 
 
-def retry(call: Callable[[], Result], peer: str, give_up_s: float) -> Result:
+def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callable[[float], object] = time.sleep) -> Result:
     """Run `call`, which may raise `grpc.RpcError`, until it succeeds; each failure is logged, the pauses grow to 5 s.
 
+    `sleep` makes the pauses, for those who may have to end one early.
     For calls that the peer answers alike however often they come. Raises `RefusedError` at once when the peer says no,
     `UnreachableError` when it stays away for `give_up_s` seconds.
     """
@@ -137,5 +147,5 @@ def retry(call: Callable[[], Result], peer: str, give_up_s: float) -> Result:
             if gone + pause > give_up_s:
                 raise UnreachableError(f"{failure}; gave up after {gone:.0f} s") from error
             log.warning("%s; trying again in %.1f s", failure, pause)
-        time.sleep(pause * random.uniform(0.8, 1.2))
+        sleep(pause * random.uniform(0.8, 1.2))
         pause = min(pause * 2, 5.0)

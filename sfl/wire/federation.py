@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -15,7 +15,7 @@ from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.wire.adapters import from_tensors, to_tensors
-from sfl.wire.channel import dial, error_from, retry
+from sfl.wire.channel import SILENCE_S, dial, error_from, retry
 from sfl.wire.frames import Assembler, Traffic, frames
 
 PEER = "the federation server"
@@ -43,7 +43,7 @@ class FederationClient:
         self._finished = False
         self._failure: SflError | None = None
         self._state = "nothing heard yet"
-        self._closed = False
+        self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self._request = pb.JoinRequest()
 
@@ -60,11 +60,10 @@ class FederationClient:
         reply: pb.ProposeReply = self._retry(lambda: self._stub.Propose(self._frames(message, state), timeout=CALL_S))
         return reply.accepted
 
-    def submit(self, header: pb.UpdateHeader, state: AdapterState) -> bool:
-        """Send one half of an update; True if it had arrived before."""
+    def submit(self, header: pb.UpdateHeader, state: AdapterState) -> None:
+        """Send one half of an update; sent again, it counts once."""
         message = pb.AdapterMessage(update=header)
-        reply: pb.SubmitReply = self._retry(lambda: self._stub.Submit(self._frames(message, state), timeout=CALL_S))
-        return reply.duplicate
+        self._retry(lambda: self._stub.Submit(self._frames(message, state), timeout=CALL_S))
 
     def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
         """The part of a published version in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0."""
@@ -100,23 +99,40 @@ class FederationClient:
 
     @property
     def newest(self) -> int | None:
-        """The newest version that was announced, None before the first; never blocks."""
+        """The newest version that was announced, None before the first; never blocks. Raises why nothing is heard any more."""
+        self._require_watch()
         return self._newest
 
     @property
     def finished(self) -> bool:
-        """Whether the last device has left; never blocks."""
+        """Whether the last device has left; never blocks. Raises why nothing is heard any more."""
+        self._require_watch()
         return self._finished
 
     def close(self) -> None:
-        """End the watch and the channel."""
-        self._closed = True
+        """End the watch and the channel, and whatever waits or tries again in another thread."""
+        self._closed.set()
+        self._fail(UnreachableError(f"the connection to {PEER} was closed"))
         self._channel.close()
         if self._watcher is not None:
             self._watcher.join(timeout=5.0)
 
     def _retry(self, call: Callable[[], Result]) -> Result:
-        return retry(call, PEER, self._give_up_s)
+        def unless_closed() -> Result:
+            if self._closed.is_set():
+                raise UnreachableError(f"the connection to {PEER} was closed")
+            return call()
+
+        return retry(unless_closed, PEER, self._give_up_s, self._closed.wait)
+
+    def _require_watch(self) -> None:
+        if self._failure is not None and not self._finished:
+            raise self._failure
+
+    def _fail(self, failure: SflError) -> None:
+        with self._changed:
+            self._failure = self._failure or failure
+            self._changed.notify_all()
 
     def _frames(self, message: pb.AdapterMessage, state: AdapterState) -> Iterator[pb.AdapterMessage]:
         fresh = pb.AdapterMessage()
@@ -138,28 +154,32 @@ class FederationClient:
     def _watch(self) -> None:
         """Follow the server's events; when the stream breaks, follow them anew until `give_up_s` without one."""
         heard, again = time.monotonic(), False
-        while not self._closed and not self._finished:
+        while not self._closed.is_set() and not self._finished:
             try:
                 if again:
                     self._stub.Join(self._request, timeout=CALL_S)
-                for event in self._stub.Watch(pb.WatchRequest(name=self._name)):
+                for event in _until_silent(self._stub.Watch(pb.WatchRequest(name=self._name))):
                     heard = time.monotonic()
                     self._take(event)
                 failure: SflError = UnreachableError(f"{PEER} ended the watch")
             except grpc.RpcError as error:
                 failure = error_from(error, PEER)
+            except UnreachableError as error:
+                failure = error
             except ValueError:  # the channel was closed between two calls
                 return
-            if self._closed or self._finished:
+            if self._closed.is_set() or self._finished:
                 return
-            if isinstance(failure, RefusedError) or time.monotonic() - heard > self._give_up_s:
-                with self._changed:
-                    self._failure = failure
-                    self._changed.notify_all()
+            gone = time.monotonic() - heard
+            if not isinstance(failure, RefusedError) and gone > self._give_up_s:
+                failure = UnreachableError(f"{failure}; gave up after {gone:.0f} s")
+            if isinstance(failure, RefusedError) or gone > self._give_up_s:
+                log.error("the watch has ended: %s", failure)
+                self._fail(failure)
                 return
             log.warning("%s; watching again in 1 s", failure)
             again = True
-            time.sleep(1.0)
+            self._closed.wait(1.0)
 
     def _take(self, event: pb.Event) -> None:
         kind = event.WhichOneof("body")
@@ -176,3 +196,26 @@ class FederationClient:
                 self._newest = event.finished.version
                 self._finished = True
             self._changed.notify_all()
+
+
+def _until_silent(call: Any) -> Iterator[pb.Event]:
+    """The events of a watch, which is cancelled `SILENCE_S` after the last one: the server sends heartbeats far more often.
+
+    Raises `grpc.RpcError` when the stream breaks and `UnreachableError` when it was cancelled.
+    """
+    while True:
+        timer = threading.Timer(SILENCE_S, call.cancel)
+        timer.daemon = True
+        timer.start()
+        began = time.monotonic()
+        try:
+            event = next(call, None)
+        except grpc.RpcError:
+            if time.monotonic() - began >= SILENCE_S:
+                raise UnreachableError(f"{PEER} was silent for {SILENCE_S:g} s") from None
+            raise
+        finally:
+            timer.cancel()
+        if event is None:
+            return
+        yield event

@@ -5,8 +5,8 @@ A message goes out as one frame with the tensors' headers, then their bytes as c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from sfl.errors import WireError
@@ -21,22 +21,28 @@ MAX_TENSORS = 100_000
 Frame = TypeVar("Frame", DeviceMessage, EdgeMessage, AdapterMessage)
 
 
-@dataclass
 class Traffic:
-    """Bytes of serialised frames sent and received so far."""
+    """Bytes of serialised frames sent and received so far, by any number of threads."""
 
-    sent: int = 0
-    received: int = 0
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+        self._lock = threading.Lock()
+
+    def add(self, sent: int = 0, received: int = 0) -> None:
+        with self._lock:
+            self.sent += sent
+            self.received += received
 
 
 def frames(message: Frame, tensors: Sequence[RawTensor], traffic: Traffic) -> Iterator[Frame]:
     """The frames of one message: itself with the headers of `tensors`, then their bytes in chunks. Counts what it yields."""
     message.tensors.extend(tensor.header() for tensor in tensors)
-    traffic.sent += message.ByteSize()
+    traffic.add(sent=message.ByteSize())
     yield message
     for chunk in _chunks(tensors):
         frame = type(message)(chunk=chunk)
-        traffic.sent += frame.ByteSize()
+        traffic.add(sent=frame.ByteSize())
         yield frame
 
 
@@ -57,11 +63,14 @@ def _chunks(tensors: Sequence[RawTensor]) -> Iterator[bytes]:
 
 
 class Assembler(Generic[Frame]):
-    """Puts the frames of one stream together, in the order of their arrival."""
+    """Puts the frames of one stream together, in the order of their arrival.
+
+    `max_bytes` bounds the tensors of one message; it may be changed between two messages.
+    """
 
     def __init__(self, traffic: Traffic, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._traffic = traffic
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._message: Frame | None = None
         self._buffers: list[bytearray] = []  # they grow as bytes arrive: an announcement alone takes no memory
         self._tensor = 0  # index of the tensor that is being filled
@@ -72,7 +81,7 @@ class Assembler(Generic[Frame]):
         Raises `WireError` for a header that cannot be, for more bytes than announced and for a message that begins
         before the last one is complete.
         """
-        self._traffic.received += frame.ByteSize()
+        self._traffic.add(received=frame.ByteSize())
         if frame.WhichOneof("body") == "chunk":
             self._fill(memoryview(frame.chunk))
         else:
@@ -94,8 +103,8 @@ class Assembler(Generic[Frame]):
         for header in message.tensors:
             check_header(header)
         announced = sum(header.byte_length for header in message.tensors)
-        if announced > self._max_bytes:
-            raise WireError(f"a message announces {announced} bytes, more than the {self._max_bytes} allowed")
+        if announced > self.max_bytes:
+            raise WireError(f"a message announces {announced} bytes, more than the {self.max_bytes} allowed here")
         self._message = message
         self._buffers = [bytearray() for _ in message.tensors]
         self._tensor = 0

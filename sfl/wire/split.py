@@ -40,6 +40,7 @@ class SessionRequest:
     lora: LoraSpec
     optimizer: OptimizerSpec
     seed: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def open_to_wire(request: SessionRequest) -> pb.Open:
         lora=lora_to_wire(request.lora),
         optimizer=pb.Optimizer(name=optimizer.name, learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay),
         seed=request.seed,
+        dtype=request.dtype,
     )
 
 
@@ -118,6 +120,7 @@ def open_from_wire(message: pb.Open) -> SessionRequest:
             "adamw" if name == "adamw" else "sgd", message.optimizer.learning_rate, message.optimizer.weight_decay
         ),
         seed=message.seed,
+        dtype=message.dtype,
     )
 
 
@@ -130,14 +133,17 @@ def batch_to_wire(batch: CutBatch) -> list[RawTensor]:
 
 
 def batch_from_wire(tensors: Sequence[RawTensor], hidden: int, dtype: torch.dtype, per_token_labels: bool) -> CutBatch:
-    """Raises `WireError` unless the three tensors have the dtypes and shapes of a batch of this model."""
+    """Raises `WireError` unless the three tensors have the dtypes and shapes of a batch of this model, and the mask 0s and 1s."""
     if len(tensors) != 3:
         raise WireError(f"a batch has the tensors activation, attention_mask and labels; {len(tensors)} came")
     activation, mask, labels = tensors
     require(activation, "activation", WIRE_DTYPE[dtype], (None, None, hidden))
     require(mask, "attention_mask", tensor_pb2.INT64, activation.shape[:2])
     require(labels, "labels", tensor_pb2.INT64, activation.shape[:2] if per_token_labels else activation.shape[:1])
-    return CutBatch(to_torch(activation), to_torch(mask), to_torch(labels))
+    batch = CutBatch(to_torch(activation), to_torch(mask), to_torch(labels))
+    if ((batch.attention_mask != 0) & (batch.attention_mask != 1)).any():
+        raise WireError("tensor 'attention_mask' holds values other than 0 and 1")
+    return batch
 
 
 def step_to_wire(result: StepResult) -> tuple[pb.StepDone, list[RawTensor]]:
@@ -147,11 +153,13 @@ def step_to_wire(result: StepResult) -> tuple[pb.StepDone, list[RawTensor]]:
 
 
 def step_from_wire(message: pb.StepDone, tensors: Sequence[RawTensor], like: torch.Tensor) -> StepResult:
-    """Raises `WireError` unless the one tensor is a gradient for the activation `like`."""
+    """Raises `WireError` unless the one tensor is a gradient for the activation `like`, and loss and norms are finite."""
     if len(tensors) != 1:
         raise WireError(f"a step's answer has one tensor, the gradient; {len(tensors)} came")
     require(tensors[0], "gradient", WIRE_DTYPE[like.dtype], tuple(like.shape))
     norms = {item.layer: item.norm for item in message.layer_norms}
+    if not all(map(math.isfinite, (message.loss, *norms.values()))):
+        raise WireError(f"the answer to step {message.step} holds a loss or a gradient norm that is not finite")
     return StepResult(message.step, message.version, message.loss, norms, to_torch(tensors[0]))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert again.keys() == state.keys()
     assert all(np.array_equal(again[key], state[key]) for key in state)
     assert [path.name for path in tmp_path.iterdir()] == ["v0"]
+
+
+def test_all_is_on_disk_before_the_folder_gets_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "v0").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    peft_format.write(tmp_path / "v0", *make())
+    before = {path.stat().st_ino for path in (tmp_path / "v0", *(tmp_path / "v0").iterdir())}
+    assert len(before) == 4
+    assert before == {inode for inode, named in synced if not named}
+    assert [inode for inode, named in synced if named] == [tmp_path.stat().st_ino]
 
 
 @pytest.mark.filterwarnings("ignore")

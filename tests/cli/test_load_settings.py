@@ -96,17 +96,17 @@ def test_switches_can_be_turned_off_and_on(config: Path) -> None:
     assert load(DeviceSettings, config, ["--shuffle"], environment={"SFL_SHUFFLE": "false"}).shuffle
 
 
-def test_a_switch_that_may_be_none_is_a_switch_all_the_same() -> None:
+def test_a_switch_in_a_table_is_a_switch_all_the_same() -> None:
     arguments = ["--devices=3", "--strategy.keep-progress", "--no-strategy-final-upload"]
     strategy = load(FedSettings, None, arguments, environment={}).strategy
     assert strategy.keep_progress is True and strategy.final_upload is False
 
 
 def test_none_takes_back_what_the_file_says(tmp_path: Path) -> None:
-    file = tmp_path / "fed.toml"
-    file.write_text("devices = 3\n[strategy]\nbeta = 3.0\nkeep_progress = true\n")
-    settings = load(FedSettings, file, ["--strategy.beta", "None"], environment={"SFL_STRATEGY__KEEP_PROGRESS": "None"})
-    assert settings.strategy.beta is None and settings.strategy.keep_progress is None
+    file = tmp_path / "device.toml"
+    file.write_text(DEVICE.replace("[lora]", 'max_examples = 9\nlabel_column = "kind"\n[lora]'))
+    settings = load(DeviceSettings, file, ["--data.max-examples", "None"], environment={"SFL_DATA__LABEL_COLUMN": "None"})
+    assert settings.data.max_examples is None and settings.data.label_column is None
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,26 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 def test_a_flag_without_its_value_and_a_stray_word_are_refused() -> None:
     assert "--devices" in refusal(FedSettings, None, ["--devices"])
     assert "stray" in refusal(FedSettings, None, ["--devices=3", "stray"])
+
+
+@pytest.mark.parametrize("name", ["gsfs", "gsfs-printed", "fedavg"])
+def test_what_is_printed_holds_the_strategys_own_defaults(name: str, tmp_path: Path) -> None:
+    settings = load(FedSettings, None, ["--devices=3", "--strategy.name", name], environment={})
+    printed = as_toml(settings)
+    for field, value in settings.strategy:
+        assert value is not None and f"\n{field} = " in printed
+    file = tmp_path / "fed.toml"
+    file.write_text(printed)
+    assert load(FedSettings, file, environment={}) == settings
+
+
+def test_help_shows_each_strategys_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(FedSettings, None, ["--help"], environment={})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "uploads of a device (gsfs); by default 1 with gsfs-printed (default: 10)" in shown
+    assert "by default frequency with gsfs-printed, examples with fedavg (default: share)" in shown
+    assert "a new version is adopted; by default no with gsfs-printed, no with fedavg (default: yes)" in shown
 
 
 def test_what_is_printed_can_be_read_again(config: Path, tmp_path: Path) -> None:

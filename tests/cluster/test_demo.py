@@ -101,7 +101,7 @@ def test_a_whole_run(flags: list[str], tmp_path: Path) -> None:
     assert {folder.name for folder in (out / "adapters").iterdir()} >= {f"v{i}" for i in range(fed["version"] + 1)}
     assert summary["adapter"] == str(out / "adapters" / f"v{fed['version']}")
     layout = read_layout(Path(summary["adapter"]))
-    assert layout.labels == ("Benign", "C&C", "DDoS")
+    assert layout.labels == ("Benign", "C&C", "DDoS") and layout.columns == ()  # texts, not flows
     PeftModel.from_pretrained(load_task_model(summary["model"], "classification", layout.labels), summary["adapter"])
     assert torch.isfinite(torch.tensor(summary["central"]["loss"])) and summary["central"]["count"] > 0
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

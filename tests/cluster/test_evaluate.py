@@ -148,6 +148,17 @@ def test_examples_are_made_with_the_adapters_columns_and_split(tmp_path: Path, m
     assert test == own * 2 and 0 < len(own) < 60
 
 
+def test_texts_are_made_of_the_adapters_text_columns(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text("title,body,label\n" + "".join(f"t{i},b{i},good\n" for i in range(60)))
+    settings = DataSettings(path=path, text_columns=("title", "body"))
+    columns = load_splits(settings, "classification").columns
+    assert columns == ("title", "body")
+    adapter = write_adapter(tmp_path / "v0", model, "classification", columns=columns)
+    found = examples_for(peft_format.read_layout(adapter), [DataSettings(path=path)])
+    assert [example.text for example in found[:2]] == ["t0 || b0", "t1 || b1"]
+
+
 def test_the_command(tmp_path: Path, model: Path) -> None:
     adapter = write_adapter(tmp_path / "v0", model, "classification")
     path = tmp_path / "data.txt"

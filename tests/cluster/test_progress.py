@@ -25,7 +25,7 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(plan_demo(DemoOptions(model="some/model", out=tmp_path / "out", steps=3)))
 
 
-def report(cluster: Cluster, steps: int = 3, end: bool = True) -> None:
+def report(cluster: Cluster, steps: int = 3, end: bool = True, tested: bool = True) -> None:
     """Write what the daemons would."""
     for number, device in enumerate(cluster.devices, 1):
         with MetricsWriter(cluster.metrics(device.name)) as metrics:
@@ -36,7 +36,8 @@ def report(cluster: Cluster, steps: int = 3, end: bool = True) -> None:
                 )
             metrics.write("adopt", step=2, version=1)
             metrics.write("eval", split="validation", accuracy=0.1, f1_macro=0.1, loss=9.0)
-            metrics.write("eval", split="test", accuracy=0.5 + number / 10, f1_macro=0.4, loss=1.25)
+            if tested:
+                metrics.write("eval", split="test", accuracy=0.5 + number / 10, f1_macro=0.4, loss=1.25)
             if end:
                 metrics.write(
                     "end", steps=steps, examples=24, submissions=number, bytes_sent=5_000_000, bytes_received=7, peak_rss_mb=100.5
@@ -105,6 +106,16 @@ def test_the_summary_holds_what_scripts_rely_on(cluster: Cluster) -> None:
     Console(file=stream, width=160).print(summary_table(whole))
     for text in ("device-3", "0.800", "5.0 MB", "edge-1", "central adapter v1", "0.875"):
         assert text in stream.getvalue()
+
+
+def test_what_was_not_tested_has_no_figures(cluster: Cluster) -> None:
+    report(cluster, tested=False)
+    summary = summarise(cluster)
+    assert [(device["accuracy"], device["f1_macro"], device["loss"]) for device in summary["devices"]] == [(None, None, None)] * 3
+    stream = io.StringIO()
+    central = {"loss": None, "count": 0, "accuracy": None, "f1_macro": None, "classes": None}
+    Console(file=stream, width=160).print(summary_table({**summary, "wall_s": 3.0, "central": central}))
+    assert "device-3" in stream.getvalue() and "nan" not in stream.getvalue() and "0.000" not in stream.getvalue()
 
 
 def test_a_run_without_an_end_is_not_summed_up(cluster: Cluster) -> None:

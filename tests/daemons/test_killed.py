@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sfl.settings import StrategySettings
+from sfl.cluster.plan import free_addresses
+from sfl.settings import FedSettings, StrategySettings
 from tests.daemons.processes import Daemon, Daemons
 from tests.daemons.runs import edge_settings, several_devices, start_all
 from tests.tiny import save_tiny_model
@@ -23,6 +25,23 @@ STRATEGIES = {
 
 def has_done(steps: int) -> Callable[[Daemon], bool]:
     return lambda daemon: len(daemon.events("step")) >= steps
+
+
+def test_an_edge_server_that_waits_for_the_others_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    (device,) = several_devices(tmp_path, model, (1,))  # which never comes
+    fed, *listen = free_addresses(3)
+    with Daemons(tmp_path / "run") as daemons:
+        daemons.start("fed", FedSettings(devices=1, listen=fed))
+        told = {"one": signal.SIGTERM, "two": signal.SIGINT}
+        for name, address in zip(told, listen, strict=True):
+            daemons.start("edge", edge_settings(name, device, listen=address, federation=fed))
+        daemons["fed"].until(lambda fed: len(fed.events("join")) == 2)
+        for name, number in told.items():
+            daemons[name].process.send_signal(number)
+        for name in told:
+            assert daemons[name].wait(3) != 0
+            assert "Traceback" not in daemons[name].log, daemons[name].log
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,19 @@ def run(folder: Path, device: DeviceSettings) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("family", "task", "cut", "optimizer"),
-    [("bert", "classification", 1, "adamw"), ("opt", "causal-lm", 2, "sgd")],
+    [
+        ("bert", "classification", 1, "adamw"),
+        ("opt", "causal-lm", 2, "sgd"),
+        ("llama", "classification", 3, "adamw"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("bert", "classification", 3, "sgd"),
+                ("opt", "classification", 1, "adamw"),
+                ("llama", "causal-lm", 2, "sgd"),
+            ]
+        ),
+    ],
 )
 def test_twenty_steps_are_those_of_peft(tmp_path: Path, family: str, task: str, cut: int, optimizer: str) -> None:
     device = device_settings(

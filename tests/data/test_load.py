@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sfl.data.generate import PROFILES, generate_log
 from sfl.data.load import load_splits
 from sfl.data.read import read_examples
-from sfl.data.settings import DataSettings
+from sfl.data.settings import BEHAVIOUR_COLUMNS, DataSettings
 from sfl.errors import DataError
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -29,6 +29,18 @@ def log(tmp_path_factory):
 def everything(settings: DataSettings):
     splits = load_splits(settings, "classification")
     return [*splits.train, *splits.validation, *splits.test]
+
+
+def test_the_columns_are_those_that_the_texts_were_made_of(log, tmp_path):
+    def columns(path: Path, **settings) -> tuple[str, ...]:
+        return load_splits(DataSettings(path=path, **settings), "causal-lm").columns
+
+    assert columns(log) == BEHAVIOUR_COLUMNS and columns(log, columns=("proto", "duration")) == ("proto", "duration")
+    lines, table = tmp_path / "a.txt", tmp_path / "b.csv"
+    lines.write_text("".join(f"text {i}\n" for i in range(60)))
+    table.write_text("mr,ref\n" + "".join(f"mr {i},ref {i}\n" for i in range(60)))
+    assert columns(lines) == ()
+    assert columns(table, text_columns=("mr", "ref")) == ("mr", "ref")
 
 
 def test_parts_of_a_file_share_no_example_and_agree_on_the_splits(log):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.data.batches import Batch
 from sfl.device.run import DeviceRun, Progress, RunPlan
 from sfl.device.trainer import DeviceTrainer, Figures, TrainedStep
+from sfl.errors import DataError
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import DEVICE, Periodic, Triggered, UpdateHeader, UploadPolicy
 from tests.metrics import events
@@ -38,8 +40,9 @@ class Diary:
         return TrainedStep(1.0, {0: next(self._norms, 1.0)})
 
     def evaluate(self, batches: Iterable[Batch]) -> Figures:
-        self.said.append(f"evaluate {len(list(batches))}")
-        return Figures(1.0, 4, 0.5, 0.5)
+        count = len(list(batches))
+        self.said.append(f"evaluate {count}")
+        return Figures(1.0, count, 0.5, 0.5) if count else Figures(0.0, 0, None, None)
 
     def take_progress(self, submission: str) -> AdapterState:
         self.said.append(f"take {submission}")
@@ -53,14 +56,13 @@ class Diary:
         self.said.append(f"fetch {version} [{first_layer}, {last_layer})")
         return STATE
 
-    def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
+    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         assert state is STATE
         self.said.append("submit")
         self.headers.append(header)
-        return False
 
 
-def made(diary: Diary, policy: UploadPolicy, steps: int, out: Path | None = None) -> DeviceRun:
+def made(diary: Diary, policy: UploadPolicy, steps: int, out: Path | None = None, **changes: Any) -> DeviceRun:
     def batch(size: int) -> Batch:
         ids = np.ones((size, 3), dtype="i8")
         return Batch(ids, ids, np.zeros(size, dtype="i8"))
@@ -74,6 +76,7 @@ def made(diary: Diary, policy: UploadPolicy, steps: int, out: Path | None = None
         validation=lambda: [batch(1)] * 2,
         test=lambda: [batch(1)] * 5,
     )
+    plan = replace(plan, **changes)
     return DeviceRun(plan, cast(DeviceTrainer, diary), policy, diary, MetricsWriter(out and out / "metrics.jsonl"))
 
 
@@ -144,8 +147,21 @@ def test_gsfs_never_waits_and_adopts_between_two_steps(keep: bool) -> None:
     assert found == [Progress.TRAINED] * 6
     adoption = ["fetch 4 [0, 2)", "adopt 4 and keep" if keep else "adopt 4", "evaluate 2"]
     assert diary.said == [
-        *("evaluate 2", "step 1", "step 2", "take device-1-ab/1", "submit", "step 3", *adoption, "step 4"),
-        *("step 5", "evaluate 2", "take device-1-ab/2", "submit", "step 6", "take device-1-ab/3", "submit", "evaluate 5"),
+        *("evaluate 2", "step 1", "step 2", "take device-1-ab/1", "submit", "step 3", *adoption, "step 4", "evaluate 2"),
+        *("step 5", "take device-1-ab/2", "submit", "step 6", "take device-1-ab/3", "submit", "evaluate 5"),
     ]
     assert [(h.version, h.steps, h.examples) for h in diary.headers] == [(0, 2, 8), (4, 3, 10), (4, 1, 2)]
     assert made(diary, policy, 0).totals()["version"] == 4
+
+
+def test_a_policy_that_validates_needs_something_to_validate_on() -> None:
+    diary = Diary()
+    policy = UploadPolicy(triggered=Triggered(alpha=0.5, beta=1, min_steps=2, validate_every=3, threshold=0.5, metric="loss"))
+    with pytest.raises(DataError, match=r"device-1 has nothing for it: set `data.validation` above 0"):
+        list(made(diary, policy, 3, validation=list))
+    assert diary.said == ["evaluate 0"]
+
+
+def test_an_evaluation_over_nothing_is_not_reported(tmp_path: Path) -> None:
+    list(made(Diary(), rounds(), 1, tmp_path, test=list))
+    assert not events(tmp_path, "eval")

@@ -14,6 +14,7 @@ from sfl.data.settings import DataSettings
 from sfl.errors import SettingsError
 from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
 from sfl.simulation import Simulated, simulate
+from sfl.telemetry import MetricsWriter
 from tests.flows import write_texts
 from tests.metrics import events, losses_of
 from tests.tiny import save_tiny_model
@@ -89,7 +90,22 @@ def test_a_device_draws_its_dropout_as_if_it_were_alone(tmp_path: Path) -> None:
     assert losses_of(tmp_path / "both" / "device-0") == losses_of(tmp_path / "alone" / "device-0")
 
 
-def test_too_few_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labels", [(), ("Benign", "C&C", "DDoS")])
+def test_too_few_devices(tmp_path: Path, labels: tuple[str, ...]) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
     with pytest.raises(SettingsError, match="2 devices are expected, 1 take part"):
-        simulate(FedSettings(devices=2), devices(tmp_path, model, [1]), tmp_path / "out")
+        simulate(FedSettings(devices=2, labels=labels), devices(tmp_path, model, [1]), tmp_path / "out")
+
+
+def test_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[MetricsWriter] = []
+
+    class Noted(MetricsWriter):
+        def __init__(self, path: Path | None) -> None:
+            super().__init__(path)
+            opened.append(self)
+
+    monkeypatch.setattr("sfl.simulation.MetricsWriter", Noted)
+    run(tmp_path, "out", devices(tmp_path, save_tiny_model(tmp_path / "model", "bert"), [1, 2]))
+    assert len(opened) == 3
+    assert all(writer._file is None for writer in opened)

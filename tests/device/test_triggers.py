@@ -104,7 +104,7 @@ def test_uploads_are_min_steps_apart_and_validations_are_due_in_between() -> Non
         seen.append((due, trigger))
         if trigger:
             rule.after_upload()
-    assert seen == [(False, None), (False, None), (False, "gradient")] * 2
+    assert seen == [(False, None), (False, None), (True, "gradient")] * 2
 
 
 def test_the_performance_trigger_is_looked_at_every_so_often() -> None:
@@ -115,12 +115,23 @@ def test_the_performance_trigger_is_looked_at_every_so_often() -> None:
         due = rule.validation_due()
         seen.append((due, rule.after_step({0: 1.0}, figures(2.0) if due else None)))
     no, yes = (False, None), (True, "performance")
-    assert seen == [no, no, no, yes, no, yes, no, yes]
+    assert seen == [no, no, yes, no, yes, no, yes, no]  # first when an upload is possible
     rule.after_adoption(figures(2.0))  # the reference is reset
-    rule.after_step({0: 1.0}, None)
     assert rule.validation_due()
     assert rule.after_step({0: 1.0}, figures(2.1)) is None
     assert rule.after_step({0: 9.0}, figures(3.0)) == "performance"  # named first when both fire
+
+
+def test_uploads_do_not_put_off_the_next_look() -> None:
+    rule = triggered(min_steps=1, validate_every=5)
+    rule.after_adoption(figures(1.0))
+    looks = []
+    for step in range(1, 16):
+        due = rule.validation_due()
+        looks += [step] * due
+        if rule.after_step({0: 2.0**step}, figures(1.0) if due else None):
+            rule.after_upload()  # at each step but the first, as the norm grows
+    assert looks == [5, 10, 15]
 
 
 def test_validate_every_0_means_never() -> None:

@@ -71,6 +71,7 @@ class Halves:
             "lora": self.lora,
             "optimizer": OptimizerSpec("adamw", 0.01),
             "seed": 5,
+            "dtype": "fp32",
         }
         return SessionRequest(device=device, cut=cut, **{**common, **changes})
 
@@ -118,13 +119,12 @@ class RecordingFederation:
         state = edge_half(self.versions[version], first_layer)
         return device_half(state, last_layer) if last_layer else state
 
-    def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
+    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         if not self.open.wait(20):
             raise RefusedError("the test never opened the federation")
         if self.failure is not None:
             raise self.failure
         self.submitted.append((header, state))
-        return False
 
 
 class ServedEdge:

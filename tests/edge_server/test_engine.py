@@ -14,6 +14,7 @@ from sfl.adapters.state import AdapterState, edge_half, total
 from sfl.edge_server.engine import Session
 from sfl.errors import AdapterError, ModelError, RefusedError, SflError, WireError
 from sfl.model.local_adapter import LocalAdapter
+from sfl.model.seeds import dropout_seed
 from sfl.wire.split import OptimizerSpec
 from tests.edge_server.made import Halves
 
@@ -58,6 +59,37 @@ def test_the_seed_of_a_session_decides_its_dropout() -> None:
     again = losses(halves, open_session(halves, seed=1), range(1, 8))
     assert first == again
     assert first != second
+
+
+def test_no_two_halves_draw_the_same_dropout() -> None:
+    seeds = {
+        dropout_seed(seed, name, half)
+        for seed, name in ((1, "device-1"), (1, "device-2"), (2, "device-1"))
+        for half in ("device", "edge")
+    }
+    assert len(seeds) == 6
+    halves = Halves(dropout=0.5)
+    first, second = (losses(halves, open_session(halves, name), range(1, 4)) for name in ("device-1", "device-2"))
+    assert first != second
+    states = [open_session(halves, name, seed=1).random_state for name in ("device-1", "device-2")]
+    assert not torch.equal(*states)
+    assert not torch.equal(states[0], torch.Generator().manual_seed(dropout_seed(1, "device-1", "device")).get_state())
+
+
+@pytest.mark.parametrize("where", ["activation", "adapter"])
+def test_gradients_that_are_not_finite_train_nothing(halves: Halves, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = losses(halves, open_session(halves), range(1, 3))
+    session = open_session(halves)
+    before = session.adapter.values()
+    with monkeypatch.context() as patched:
+        if where == "adapter":
+            patched.setattr(LocalAdapter, "layer_norms", lambda adapter: {2: math.nan})
+        else:
+            patched.setattr("sfl.edge_server.engine._gradient", lambda activation: torch.full_like(activation, math.inf))
+        with pytest.raises(WireError, match="the gradients of step 1 are not finite: lower the learning rate"):
+            halves.engine.step(session, 1, 0, halves.batch(1))
+    assert same(session.adapter.values(), before)
+    assert losses(halves, session, range(1, 3)) == expected
 
 
 def test_a_step_asked_again_is_answered_alike_and_trains_nothing(halves: Halves) -> None:
@@ -254,6 +286,7 @@ def test_labels_of_a_causal_lm() -> None:
             "the base models differ: fingerprint eeeeeeeeeeee on device-1, ffffffffffff at the edge",
         ),
         ({"task": "causal-lm"}, "device-1 trains for causal-lm, this edge for classification"),
+        ({"dtype": "bf16"}, "device-1 computes in bf16, this edge in fp32: set `dtype` alike"),
         ({"cut": 1}, "cut 1 is below 2, the lowest"),
         ({"cut": 0}, "cut 0 is not possible"),
         ({"cut": 4}, "cut 4 is not possible"),

@@ -213,6 +213,7 @@ MALFORMED: dict[str, tuple[Callable[[Halves], Any], str]] = {
     "dtype": (step_with(replaced(0, dtype=tensor_pb2.BFLOAT16, shape=(3, 6, 64))), "dtype BFLOAT16, expected FLOAT32"),
     "hidden": (step_with(replaced(0, shape=(3, 3, 64))), "expected [?]x[?]x32"),
     "mask": (step_with(replaced(1, shape=(6, 3))), "expected 3x6"),
+    "mask of 2s": (step_with(replaced(1, data=np.full((3, 6), 2).tobytes())), "values other than 0 and 1"),
     "labels": (step_with(replaced(2, shape=(3, 1))), "expected 3"),
     "label": (step_with(replaced(2, data=np.array([0, 1, 99]).tobytes())), "class indices"),
     "name": (step_with(replaced(1, name="mask")), "expected tensor 'attention_mask'"),
@@ -222,6 +223,7 @@ MALFORMED: dict[str, tuple[Callable[[Halves], Any], str]] = {
         lambda halves: [headers_only()(halves), DeviceMessage(evaluate=split_pb2.Evaluate())],
         "a new message began",
     ),
+    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), "more than the 1073741824 allowed"),
     "8 GiB announced": (headers_only(shape=[2**33], byte_length=2**35), "more than"),
     "step": (step_with(lambda tensors: None, step=3), "step 1 was due"),
     "version": (step_with(lambda tensors: None, version=1), "adopt first"),
@@ -252,6 +254,12 @@ def test_the_malformed_lose_their_stream_and_nobody_else_does(edge: ServedEdge) 
             found += stepped(edge, link, range(number, number + 1))
         link.close()
     assert found == expected
+
+
+def test_no_tensors_before_a_session(edge: ServedEdge) -> None:
+    with contextlib.closing(Stranger(edge)) as stranger, pytest.raises(grpc.RpcError) as error:
+        stranger.say(headers_only()(edge.halves), opened=False)
+    assert "announces 8 bytes, more than the 0 allowed" in str(error.value.details())
 
 
 def test_bytes_that_are_no_message_cost_only_their_stream(edge: ServedEdge) -> None:
@@ -363,6 +371,14 @@ def test_a_half_that_is_lost_is_told_to_its_own_session_only(edge: ServedEdge, c
     with linked(edge, edge.halves.request(session="started anew")) as link:
         stepped(edge, link, range(1, 2))
         link.close()
+
+
+def test_a_session_that_is_replaced_leaves_nothing_behind(edge: ServedEdge) -> None:
+    with linked(edge) as link:
+        stepped(edge, link, range(1, 2))
+        link.submit("device-1/1", 0)
+    with linked(edge, edge.halves.request(session="started anew")):
+        assert not edge.service._uploads
 
 
 def test_the_session_of_a_device_that_is_gone_is_kept_for_so_long() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -93,6 +94,15 @@ def test_stop_finishes_the_job_at_hand_and_cancels_the_rest() -> None:
         waiting.result(0)
     with pytest.raises(SflError, match="shutting down"):
         worker.submit(1, lambda: None)
+
+
+@pytest.mark.parametrize("order", [lambda waiting: 99, lambda waiting: 1 // 0, lambda waiting: None])
+def test_an_order_that_fails_is_replaced_by_that_of_arrival(order: ServeOrder, caplog: pytest.LogCaptureFixture) -> None:
+    worker = ComputeWorker(order)
+    with caplog.at_level(logging.ERROR, "sfl"):
+        assert [worker.submit(1, partial(int, number)).result(5) for number in range(3)] == [0, 1, 2]
+    worker.stop()
+    assert "the serve order failed" in caplog.text
 
 
 def test_an_idle_worker_sleeps(worker: ComputeWorker) -> None:

@@ -59,7 +59,13 @@ def device(name: str, **changes: Any) -> Member:
 
 
 def edge(name: str = "edge", **changes: Any) -> Member:
-    common: dict[str, Any] = {"task": "classification", "base_model": "base", "model_fingerprint": "abc", "lora": LORA}
+    common: dict[str, Any] = {
+        "task": "classification",
+        "base_model": "base",
+        "model_fingerprint": "abc",
+        "lora": LORA,
+        "cut": 1,
+    }
     return Member(name, "edge", **{**common, **changes})
 
 

@@ -29,6 +29,13 @@ from tests.fed_server.made import (
     submit,
 )
 
+
+def aggregations(folder: Path) -> list[dict[str, Any]]:
+    """What the metrics tell of the aggregations."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == "aggregate"]
+
+
 # Agreement
 
 
@@ -124,6 +131,41 @@ def test_a_name_is_one_member_until_it_has_gone(tmp_path: Path) -> None:
     assert fed.joined == 1
 
 
+def test_before_the_agreement_nothing_rests_on_who_has_gone(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = federation(tmp_path, 2, clock, away_after_s=60)
+    fed.join(device("mistyped", model_fingerprint="wrong", max_length=7))
+    fed.join(edge(model_fingerprint="wrong"))
+    clock.now += 59
+    fed.tick()
+    with pytest.raises(RefusedError, match="fingerprint abc against wrong"):
+        fed.join(device("a"))
+    clock.now += 2
+    heard: list[int] = []
+    fed.on_change = lambda: heard.append(fed.joined)
+    fed.tick()
+    assert heard == [0]
+    for member in (device("a"), edge(), device("b")):
+        fed.join(member)
+        fed.watch_begins(member.name)
+    assert fed.agreement is not None and fed.agreement.max_length == 32
+    clock.now += 1000
+    fed.watch_ends("b")
+    clock.now += 1000
+    fed.tick()
+    assert fed.joined == 2, "after the agreement a device keeps its place"
+
+
+def test_a_single_class_is_no_failure_any_more_once_its_devices_have_gone(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = federation(tmp_path, 1, clock, away_after_s=60)
+    fed.join(device("a", labels=("benign",)))
+    clock.now += 61
+    fed.tick()
+    fed.join(device("a"))
+    assert fed.failure is None and fed.agreement is not None
+
+
 def test_a_label_that_comes_too_late_is_refused(tmp_path: Path) -> None:
     clock = Clock()
     fed = started(tmp_path, [device("a")], clock)
@@ -177,6 +219,17 @@ def test_a_fetch_gives_the_layers_asked_for(tmp_path: Path) -> None:
         fed.fetch("a", 1)
 
 
+def test_an_edge_gets_nothing_below_its_lowest_cut(tmp_path: Path) -> None:
+    fed = started(tmp_path, [device("a", cut=2)])
+    fed.join(edge("high", cut=2))
+    for first in (0, 1):
+        with pytest.raises(RefusedError, match=rf"'high' asked for layers from {first} on.*2 as its lowest cut"):
+            fed.fetch("high", 0, first)
+    assert {key.layer for key in fed.fetch("high", 0, 2)} == {2, 3, HEAD}
+    with pytest.raises(RefusedError, match="least cut is 1"):
+        fed.join(edge("low", cut=0))
+
+
 # Updates
 
 
@@ -203,9 +256,9 @@ def test_neither_order_nor_cuts_nor_resending_change_the_result(
         cut_of = dict(zip("abc", cuts))
         for number, (name, role) in enumerate(order):
             part = (device_half if role == "device" else edge_half)(deltas[name], cut_of[name])
-            assert fed.submit(half(role, name), part) is False
+            fed.submit(half(role, name), part)
             if number in resend:
-                assert fed.submit(half(role, name), part) is True
+                fed.submit(half(role, name), part)
         assert fed.version == 1 and fed.submissions == 3
         result = fed.fetch("a", 1)
     with TemporaryDirectory() as folder:
@@ -218,8 +271,8 @@ def test_neither_order_nor_cuts_nor_resending_change_the_result(
 def test_a_duplicate_stays_one_after_its_aggregation(tmp_path: Path) -> None:
     fed = started(tmp_path, [device("a")])
     submit(fed, "a", adapter(1))
-    assert fed.submit(half("device", "a"), device_half(adapter(1), 1)) is True
-    assert fed.submit(half("edge", "a"), edge_half(adapter(1), 1)) is True
+    fed.submit(half("device", "a"), device_half(adapter(1), 1))
+    fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
     assert (fed.version, fed.submissions) == (1, 1)
 
 
@@ -289,9 +342,9 @@ def test_a_half_whose_other_half_never_comes_expires(tmp_path: Path) -> None:
     clock.now += 601
     fed.tick()
     assert '"event": "expired"' in (tmp_path / "metrics.jsonl").read_text()
-    assert fed.submit(half("edge", "a"), edge_half(adapter(1), 1)) is False
+    fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
     assert fed.version == 0
-    assert fed.submit(half("device", "a"), device_half(adapter(1), 1)) is False, "what expired may come again"
+    fed.submit(half("device", "a"), device_half(adapter(1), 1))
     assert fed.version == 1
 
 
@@ -304,6 +357,64 @@ def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(tmp_p
     obstacle.rmdir()
     fed.tick()
     assert fed.version == 1 and same(fed.fetch("a", 1), total(adapter(0), adapter(1)))
+
+
+def test_the_weight_of_an_update_goes_by_what_its_device_has_now(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device("a", examples=1000), device("b", examples=10)]
+    fed = started(tmp_path / "adapters", members, clock, strategy={"quorum": 1.0}, metrics=metrics)
+    submit(fed, "a", adapter(1))
+    fed.watch_ends("a")
+    clock.now += 61
+    fed.join(device("a", examples=100))
+    submit(fed, "b", adapter(2))
+    assert fed.version == 1
+    (event,) = aggregations(tmp_path)
+    assert event["devices"] == pytest.approx({"a": 100 / 110, "b": 10 / 110})
+
+
+def test_devices_that_died_have_no_share_and_those_that_left_keep_theirs(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device(name) for name in "abcd"], clock, strategy={"quorum": 0.5}, metrics=metrics)
+    submit(fed, "d", adapter(4))
+    for name in "cd":
+        fed.watch_ends(name)
+    clock.now += 61
+    fed.tick()
+    fed.leave("b")
+    submit(fed, "a", adapter(1))
+    (first, second) = aggregations(tmp_path)
+    assert first["devices"] == pytest.approx({"d": 1 / 3}), "in the pool, though it died; c died without an update"
+    assert second["devices"] == pytest.approx({"a": 1 / 2})
+
+
+def test_an_aggregation_tells_what_its_updates_were_made_of(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics)
+    for name, submission, steps in (("a", "1", 3), ("a", "2", 4), ("b", "1", 5)):
+        fed.submit(half("edge", name, submission), edge_half(adapter(1), 1))
+        fed.submit(half("device", name, submission, steps=steps, examples=8 * steps), device_half(adapter(1), 1))
+    (event,) = aggregations(tmp_path)
+    assert (event["steps"], event["trained_on"]) == ({"a": 7, "b": 5}, {"a": 56, "b": 40})
+
+
+def test_what_can_never_be_aggregated_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = started(tmp_path, [device("a")])
+    tries: list[int] = []
+
+    def fail(*_: object) -> None:
+        tries.append(1)
+        raise AdapterError("no sum")
+
+    monkeypatch.setattr("sfl.fed_server.strategies.base.weighted_sum", fail)
+    submit(fed, "a", adapter(1))
+    fed.tick()
+    assert len(tries) == 1 and fed.version == 0
+    monkeypatch.undo()
+    submit(fed, "a", adapter(1), "2")
+    assert fed.version == 1
 
 
 # Presence
@@ -361,15 +472,33 @@ def test_the_rest_of_the_pool_is_aggregated_at_the_end_if_the_strategy_says_so(t
     assert fed.finished and fed.version == last
 
 
-def test_a_device_that_has_yet_to_join_is_waited_for_up_to_the_grace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["gsfs", "fedavg"])
+def test_a_device_that_has_yet_to_join_is_waited_for_up_to_the_grace(tmp_path: Path, strategy: str) -> None:
     clock = Clock()
-    fed = federation(tmp_path, 2, clock, labels=("benign", "scan"), away_after_s=60)
+    fed = federation(tmp_path, 3, clock, labels=("benign", "scan"), strategy={"name": strategy}, away_after_s=60, join_wait_s=300)
+    fed.join(edge())
+    fed.join(device("a"))
+    fed.propose("edge", PLACEMENT, adapter(0))
+    fed.watch_begins("a")
+    clock.now += 299
+    submit(fed, "a", adapter(1))
+    assert fed.version == 0, "one of three devices is no quorum"
+    clock.now += 2
+    fed.tick()
+    assert fed.version == 1
+
+
+def test_the_end_waits_for_devices_that_have_yet_to_join(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = federation(tmp_path, 2, clock, labels=("benign", "scan"), away_after_s=60, join_wait_s=300)
     fed.join(edge())
     fed.join(device("a"))
     fed.propose("edge", PLACEMENT, adapter(0))
     fed.leave("a")
+    clock.now += 299
+    fed.tick()
     assert not fed.finished
-    clock.now += 61
+    clock.now += 2
     fed.tick()
     assert fed.finished
     with pytest.raises(RefusedError, match="has finished"):

@@ -37,10 +37,10 @@ PROPOSAL = pb.ProposalHeader(edge="edge", blocks="model.layers", head=["score"],
 
 def join_request(name: str, role: Any = pb.DEVICE, **changes: Any) -> pb.JoinRequest:
     """A member that fits `tests.fed_server.made`."""
-    request = pb.JoinRequest(name=name, role=role, task="classification", base_model="base", model_fingerprint="abc")
+    request = pb.JoinRequest(name=name, role=role, task="classification", base_model="base", model_fingerprint="abc", cut=1)
     request.lora.CopyFrom(lora_to_wire(LORA))
     if role == pb.DEVICE:
-        request.MergeFrom(pb.JoinRequest(cut=1, examples=10, columns=["proto"], max_length=32))
+        request.MergeFrom(pb.JoinRequest(examples=10, columns=["proto"], max_length=32))
         request.labels.extend(changes.pop("labels", ["benign", "scan"]))
     for field, value in changes.items():
         setattr(request, field, value)
@@ -109,9 +109,9 @@ def test_a_whole_federation_over_grpc(tmp_path: Path) -> None:
         assert same(a.fetch(0, 0, 1), device_half(adapter(0), 1))
         assert same(edge.fetch(0, 1), edge_half(adapter(0), 1))
         for client, name, cut, delta in ((a, "a", 1, adapter(1)), (b, "b", 2, adapter(2))):
-            assert client.submit(update(name, pb.DEVICE), device_half(delta, cut)) is False
-            assert edge.submit(update(name, pb.EDGE), edge_half(delta, cut)) is False
-            assert edge.submit(update(name, pb.EDGE), edge_half(delta, cut)) is True
+            client.submit(update(name, pb.DEVICE), device_half(delta, cut))
+            edge.submit(update(name, pb.EDGE), edge_half(delta, cut))
+            edge.submit(update(name, pb.EDGE), edge_half(delta, cut))
         assert edge.version(1, 10) == a.version(1, 10) == b.version(1, 10) == 1
         result = b.fetch(1)
         for key, value in result.items():
@@ -166,7 +166,7 @@ def test_refusals_carry_the_reason_and_harm_nobody_else(tmp_path: Path) -> None:
             a.submit(update("a", pb.DEVICE), poisoned)
         with pytest.raises(RefusedError, match="no version 7"):
             a.fetch(7)
-        assert a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1)) is False
+        a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1))
 
 
 def test_broken_streams_are_refused_and_the_server_goes_on(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_broken_streams_are_refused_and_the_server_goes_on(tmp_path: Path) -> No
                 with pytest.raises(grpc.RpcError) as caught:
                     stub.Submit(iter(stream), timeout=10)
                 assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and reason in str(caught.value.details())
-        assert a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1)) is False
+        a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1))
 
 
 def test_a_watch_starts_with_the_state_beats_and_ends_with_its_caller(tmp_path: Path) -> None:
@@ -233,6 +233,7 @@ def test_the_daemon_serves_without_torch_and_ends_on_sigterm(tmp_path: Path) -> 
         port = free.getsockname()[1]
     script = (
         "import sys; from sfl.settings import FedSettings; from sfl.fed_server.daemon import run;"
+        "from sfl.telemetry import configure_logging; configure_logging();"
         f"run(FedSettings(devices=1, listen='127.0.0.1:{port}', out={str(tmp_path)!r}));"
         "print(sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     )

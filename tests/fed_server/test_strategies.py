@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfl.errors import AdapterError, SettingsError
+from sfl.errors import AdapterError
 from sfl.fed_server.strategies import Update, make_strategy, weighted_sum
 from sfl.settings import StrategySettings
 from tests.fed_server.made import adapter, same
@@ -38,14 +38,14 @@ def test_weights_are_shares_of_one(settings: StrategySettings, figures: list[tup
 def test_each_rule_weighs_by_what_it_names() -> None:
     updates = [update("a", examples=30, submissions=1), update("b", examples=10, submissions=4)]
     expected = {
-        ("gsfs", None): (0.3, 0.1),
-        ("gsfs", "examples"): (0.75, 0.25),
-        ("gsfs-printed", None): (0.2, 0.8),
-        ("gsfs-printed", "examples"): (0.75, 0.25),
-        ("fedavg", None): (0.75, 0.25),
+        StrategySettings(name="gsfs"): (0.3, 0.1),
+        StrategySettings(name="gsfs", weights="examples"): (0.75, 0.25),
+        StrategySettings(name="gsfs-printed"): (0.2, 0.8),
+        StrategySettings(name="gsfs-printed", weights="examples"): (0.75, 0.25),
+        StrategySettings(name="fedavg"): (0.75, 0.25),
     }
-    for (name, rule), (a, b) in expected.items():
-        weights = make_strategy(StrategySettings(name=name, weights=rule)).weights(updates, population=100)
+    for settings, (a, b) in expected.items():
+        weights = make_strategy(settings).weights(updates, population=100)
         assert weights == pytest.approx({"a": a, "b": b})
 
 
@@ -81,15 +81,18 @@ def test_weights_that_are_no_shares_are_refused(weight: float) -> None:
 def test_the_quorum_is_a_share_of_the_present_devices_rounded_up(quorum: float, present: int, needed: int) -> None:
     strategy = make_strategy(StrategySettings(quorum=quorum))
     names = [f"d{i}" for i in range(present)]
-    assert strategy.due(set(names[:needed]), set(names), 0.0)
-    assert needed == 1 or not strategy.due(set(names[: needed - 1]), set(names), 1e9)
+    assert strategy.due(set(names[:needed]), set(names), 0, 0.0)
+    assert needed == 1 or not strategy.due(set(names[: needed - 1]), set(names), 0, 1e9)
+    assert strategy.due(set(names[:needed]), set(names[:1]), present - 1, 0.0), "who has yet to join counts as present"
+    assert needed == 1 or not strategy.due(set(names[: needed - 1]), set(names[:1]), present - 1, 1e9)
 
 
 def test_fedavg_waits_for_all_who_are_present_but_not_for_ever() -> None:
     strategy = make_strategy(StrategySettings(name="fedavg", round_timeout_s=60))
-    assert not strategy.due({"a"}, {"a", "b"}, 59.0)
-    assert strategy.due({"a"}, {"a", "b"}, 60.0)
-    assert strategy.due({"a", "b"}, {"b"}, 0.0), "a device that has left or died must not be waited for"
+    assert not strategy.due({"a"}, {"a", "b"}, 0, 59.0)
+    assert strategy.due({"a"}, {"a", "b"}, 0, 60.0)
+    assert not strategy.due({"a"}, {"a"}, 1, 59.0), "who has yet to join is waited for"
+    assert strategy.due({"a", "b"}, {"b"}, 0, 0.0), "a device that has left or died must not be waited for"
 
 
 def test_policies_carry_the_settings_and_each_strategys_defaults() -> None:
@@ -102,5 +105,3 @@ def test_policies_carry_the_settings_and_each_strategys_defaults() -> None:
     assert (policy.triggered.min_steps, policy.triggered.threshold_growth, policy.triggered.threshold_decay) == (1, 1.0, 1.0)
     rounds = make_strategy(StrategySettings(name="fedavg", local_steps=7)).policy()
     assert rounds.WhichOneof("rule") == "periodic" and rounds.periodic.local_steps == 7
-    with pytest.raises(SettingsError, match="fedavg weighs by examples"):
-        make_strategy(StrategySettings(name="fedavg", weights="frequency"))

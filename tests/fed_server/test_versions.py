@@ -44,6 +44,15 @@ def test_a_failed_write_leaves_the_newest_as_it_was(tmp_path: Path) -> None:
     assert newest is not None and newest.number == 0
 
 
+def test_what_a_killed_server_left_unfinished_is_swept_away_and_nothing_else(tmp_path: Path) -> None:
+    VersionStore(tmp_path).publish(0, adapter(0), LAYOUT)
+    for name in (".v1.0123456789abcdef0123456789abcdef", ".hidden", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    VersionStore(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"v0", ".hidden", "notes"}
+
+
 def test_a_damaged_newest_version_stops_the_start(tmp_path: Path) -> None:
     VersionStore(tmp_path).publish(0, adapter(0), LAYOUT)
     (tmp_path / "v0" / "adapter_model.safetensors").write_bytes(b"no")

@@ -59,6 +59,32 @@ def test_a_strategy_setting_out_of_range_is_refused(change: dict[str, object]) -
         StrategySettings.model_validate(change)
 
 
+def test_what_is_left_open_is_the_named_strategys_default() -> None:
+    gsfs, printed, fedavg = (StrategySettings.model_validate({"name": name}) for name in ("gsfs", "gsfs-printed", "fedavg"))
+    assert StrategySettings() == gsfs
+    assert (gsfs.weights, gsfs.keep_progress, gsfs.final_upload, gsfs.min_steps, gsfs.threshold) == ("share", True, True, 10, 0.1)
+    assert (printed.weights, printed.keep_progress, printed.final_upload, printed.min_steps) == ("frequency", False, False, 1)
+    assert (printed.threshold, printed.threshold_growth, printed.threshold_decay) == (0.3, 1.0, 1.0)
+    assert (fedavg.weights, fedavg.keep_progress, fedavg.final_upload) == ("examples", False, True)
+    assert StrategySettings(name="gsfs-printed", min_steps=7).min_steps == 7
+
+
+def test_fedavg_has_one_rule_of_weights() -> None:
+    with pytest.raises(ValidationError, match="fedavg weighs by examples"):
+        StrategySettings(name="fedavg", weights="frequency")
+
+
+def test_a_federation_server_is_told_nothing_that_it_never_reads() -> None:
+    assert not {"wait_s", "give_up_s"} & FedSettings.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", ["validation", "test", "partition_alpha"])
+def test_data_settings_are_finite(field: str) -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValidationError, match="finite"):
+            device(data={"path": "p", field: value})
+
+
 def test_addresses_in_the_usual_forms_are_taken() -> None:
     for address in ("localhost:7301", "192.168.1.10:0", "edge.example.org:65535", "[::1]:7301"):
         assert device(edge=address).edge == address

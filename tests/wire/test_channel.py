@@ -14,7 +14,7 @@ import pytest
 
 from sfl.errors import RefusedError, SettingsError, UnreachableError
 from sfl.wire.address import check_address
-from sfl.wire.channel import dial, error_from, retry, serve
+from sfl.wire.channel import check_listen, dial, error_from, retry, serve
 
 
 class Failure(grpc.RpcError):
@@ -57,6 +57,12 @@ def test_port_0_becomes_a_real_one() -> None:
 def test_a_port_in_use_is_named_with_the_reason() -> None:
     with listener() as address, pytest.raises(SettingsError, match=f"cannot listen on {address}: .*in use.*`listen`"):
         bind(address)
+
+
+def test_a_port_is_looked_at_before_it_is_served_on() -> None:
+    check_listen("127.0.0.1:0")
+    with listener() as address, pytest.raises(SettingsError, match=f"cannot listen on {address}: .*in use.*`listen`"):
+        check_listen(address)
 
 
 def test_two_servers_never_share_a_port() -> None:
@@ -146,7 +152,7 @@ def test_retry_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     assert 0.1 < time.monotonic() - started < 1.5
 
 
-@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNIMPLEMENTED", "UNKNOWN", "INTERNAL"])
+@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNIMPLEMENTED", "UNKNOWN"])
 def test_a_refusal_is_final(code: str) -> None:
     calls = 0
 
@@ -160,6 +166,6 @@ def test_a_refusal_is_final(code: str) -> None:
     assert calls == 1
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED", "INTERNAL"])
 def test_what_may_pass_is_no_refusal(code: str) -> None:
     assert isinstance(error_from(Failure(grpc.StatusCode[code]), "x"), UnreachableError)

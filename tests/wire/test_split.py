@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,6 +35,7 @@ REQUEST = SessionRequest(
     LoraSpec(8, 16.5, 0.1, ("q", "v")),
     OptimizerSpec("sgd", 0.3, 0.01),
     2**63 - 1,
+    "bf16",
 )
 
 
@@ -52,6 +57,14 @@ def test_a_steps_answer_survives(dtype: torch.dtype) -> None:
     for wrong in ([], tensors * 2):
         with pytest.raises(WireError, match="one tensor, the gradient"):
             step_from_wire(message, wrong, like)
+
+
+@pytest.mark.parametrize("changes", [{"loss": math.nan}, {"layer_norms": {2: math.inf}}])
+def test_a_steps_answer_that_is_not_finite(changes: dict[str, Any]) -> None:
+    like = torch.zeros(2, 3, 4)
+    message, tensors = step_to_wire(replace(StepResult(4, 1, 0.5, {2: 0.5}, like), **changes))
+    with pytest.raises(WireError, match="the answer to step 4 holds a loss or a gradient norm that is not finite"):
+        step_from_wire(message, tensors, like)
 
 
 def test_an_evaluation_survives() -> None:

@@ -45,18 +45,18 @@ class Strategy(ABC):
         """When devices upload."""
 
     @abstractmethod
-    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], waited_s: float) -> bool:
+    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], missing: int, waited_s: float) -> bool:
         """Whether the pool, not empty, is to be aggregated now.
 
-        `pooled` are the devices with an update in the pool, `present` those that are there and not done; `waited_s` are
-        the seconds since the first update of this pool.
+        `pooled` are the devices with an update in the pool, `present` those that are there and not done; `missing`
+        more are expected to join yet and count as present. `waited_s` are the seconds since the first update of this pool.
         """
 
     @abstractmethod
     def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         """The weight of each update, by device: positive or zero, with a sum of at most 1.
 
-        `population` are the training examples of all devices that take part, whether they are in the pool or not.
+        `population` are the training examples of all devices that take part or have done so to their end, in the pool or not.
         """
 
     def aggregate(self, state: AdapterState, updates: Sequence[Update], population: int) -> tuple[AdapterState, dict[str, float]]:

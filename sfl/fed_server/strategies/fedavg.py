@@ -13,7 +13,8 @@ class FedAvg(Strategy):
     """theta <- theta + sum over k of |D_k| / |D| * delta theta_k, every `local_steps` steps of each device.
 
     With the deltas taken from one common theta that is the average of the devices' adapters (equations 1 and 2 of the GSFS
-    paper). A round is due when every present device is in the pool, or `round_timeout_s` seconds after its first update.
+    paper). A round is due when every device that is present or yet to join is in the pool, or `round_timeout_s` seconds
+    after its first update.
     """
 
     def __init__(self, local_steps: int, round_timeout_s: float, keep_progress: bool, final_upload: bool) -> None:
@@ -28,8 +29,8 @@ class FedAvg(Strategy):
     def policy(self) -> pb.UploadPolicy:
         return self._policy
 
-    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], waited_s: float) -> bool:
-        return present <= pooled or waited_s >= self._round_timeout_s
+    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], missing: int, waited_s: float) -> bool:
+        return (not missing and present <= pooled) or waited_s >= self._round_timeout_s
 
     def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         return shares({update.device: update.examples for update in updates})

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal
 
 from sfl.fed_server.strategies.base import Strategy, Update, shares
+from sfl.settings import Weights
 from sfl.v1 import federation_pb2 as pb
-
-Weights = Literal["frequency", "examples", "share"]
 
 
 class Gsfs(Strategy):
     """The server's side of GSFS, equations 12 to 14.
 
     (12) an upload of device k puts (delta theta_k, time, k) into the pool; (13) aggregation is due when the number of
-    distinct devices in it reaches the quorum M, here a share of the present devices, rounded up, at least one;
+    distinct devices in it reaches the quorum M, here a share of the devices that are present or yet to join,
+    rounded up, at least one;
     (14) theta <- theta + sum over k in the pool of a_k * delta theta_k, where a_k is, of device k,
 
     - "frequency": its submissions so far over those of all devices in the pool (as printed);
@@ -37,8 +36,8 @@ class Gsfs(Strategy):
     def policy(self) -> pb.UploadPolicy:
         return self._policy
 
-    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], waited_s: float) -> bool:
-        needed = math.ceil(self._quorum * len(present) - 1e-9)  # 0.7 * 10 is a little more than 7
+    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], missing: int, waited_s: float) -> bool:
+        needed = math.ceil(self._quorum * (len(present) + missing) - 1e-9)  # 0.7 * 10 is a little more than 7
         return len(pooled) >= max(1, needed)
 
     def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:

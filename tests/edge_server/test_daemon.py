@@ -1,0 +1,74 @@
+"""The edge server's process around its service: how it ends when the federation server does not take its proposal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sfl.cluster.plan import free_addresses
+from sfl.edge_server import daemon
+from sfl.errors import RefusedError
+from sfl.settings import EdgeSettings
+from sfl.wire.channel import check_listen
+from sfl.wire.frames import Traffic
+from tests.metrics import events
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> EdgeSettings:
+    (listen,) = free_addresses(1)
+    return EdgeSettings(model=str(save_tiny_model(tmp_path / "model")), listen=listen, out=tmp_path / "out")
+
+
+def federation(monkeypatch: pytest.MonkeyPatch, propose: Callable[[threading.Event], None]) -> threading.Event:
+    """Puts one in place of the client; set once that is closed."""
+    closed = threading.Event()
+    client = SimpleNamespace(
+        join=lambda request: None,
+        agreement=lambda wait_s: SimpleNamespace(labels=["a", "b"]),
+        propose=lambda header, state: propose(closed),
+        close=closed.set,
+        traffic=Traffic(),
+    )
+    monkeypatch.setattr(daemon, "FederationClient", lambda *arguments: client)
+    return closed
+
+
+def test_a_proposal_that_is_refused_ends_the_edge_and_its_server(
+    settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def propose(closed: threading.Event) -> None:
+        raise RefusedError("the proposal does not fit")
+
+    stopped: list[Any] = []
+    stop = daemon.stop
+    monkeypatch.setattr(daemon, "stop", lambda server, grace_s: stopped.append(server) or stop(server, grace_s))
+    closed = federation(monkeypatch, propose)
+    with pytest.raises(RefusedError, match="the proposal does not fit"):
+        daemon.run(settings)
+    assert closed.is_set()
+    assert len(stopped) == 1
+    check_listen(settings.listen)  # which is free again
+    assert events(tmp_path / "out", "end")
+
+
+def test_a_signal_ends_an_edge_whose_proposal_never_arrives(settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+
+    def propose(closed: threading.Event) -> None:
+        told.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert closed.wait(30)
+
+    federation(monkeypatch, propose)
+    daemon.run(settings)
+    assert time.monotonic() - told[0] < 5
