@@ -59,7 +59,7 @@ def device_settings(args: argparse.Namespace, seed: int) -> list[DeviceSettings]
             data=DataSettings(path=path),
             batch_size=args.batch_size,
             steps=args.steps,
-            optimizer=OptimizerSettings(learning_rate=args.lr),
+            optimizer=OptimizerSettings(learning_rate=args.lr, schedule=args.schedule),
             seed=seed,
             dtype=args.dtype,
         )
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--local-steps", type=int, default=10, help="steps in a FedAvg round")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--schedule", choices=["constant", "linear"], default="linear", help="of the learning rate")
     parser.add_argument("--cut", type=int, default=2)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the base; adapters are fp32")
     parser.add_argument("--seeds", type=int, default=3)

@@ -69,6 +69,9 @@ class OptimizerSettings(Settings):
     name: Literal["adamw", "sgd"] = Field("adamw", description="optimiser of the adapter")
     learning_rate: float = Field(1e-3, gt=0, description="learning rate")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="learning rate over the device's steps: the same, or down to 0 in a straight line"
+    )
 
 
 # Where a strategy's own defaults are not those of gsfs.

@@ -23,6 +23,8 @@ def train_unsplit(settings: DeviceSettings, labels: tuple[str, ...], version_0: 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = torch.optim.SGD if settings.optimizer.name == "sgd" else torch.optim.AdamW
     optimizer = make(trained, lr=settings.optimizer.learning_rate, weight_decay=0.0)
+    falls = settings.optimizer.schedule == "linear"
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / settings.steps if falls else 1.0)
     pad = load_tokenizer(settings.model).pad_token_id
     losses = []
     batches = device.plan(labels).batches
@@ -35,6 +37,7 @@ def train_unsplit(settings: DeviceSettings, labels: tuple[str, ...], version_0: 
         loss = model(input_ids=ids, attention_mask=mask, labels=target).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, model

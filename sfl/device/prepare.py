@@ -45,7 +45,12 @@ class PreparedDevice:
         return cls(
             settings=settings,
             lora=resolve_targets(config, settings.lora.spec()),
-            optimizer=OptimizerSpec(optimizer.name, optimizer.learning_rate, optimizer.weight_decay),
+            optimizer=OptimizerSpec(
+                optimizer.name,
+                optimizer.learning_rate,
+                optimizer.weight_decay,
+                decay_steps=settings.steps if optimizer.schedule == "linear" else 0,
+            ),
             fingerprint=model_fingerprint(settings.model),
             splits=load_splits(settings.data, settings.task),
             session=f"{settings.name}-{secrets.token_hex(4)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from sfl.adapters.state import AdapterState, difference, require_same_keys, total
 from sfl.model.lora import AdapterSlots
@@ -25,6 +26,8 @@ class LocalAdapter:
         self._slots = slots
         self._parameters = slots.parameters_for(state, cut)
         self._optimizer = _make_optimizer(list(self._parameters.values()), optimizer)
+        decay_steps = optimizer.decay_steps
+        self._schedule = LambdaLR(self._optimizer, lambda done: max(0.0, 1 - done / decay_steps) if decay_steps else 1.0)
         self._anchor = self.values()
 
     def mount(self) -> None:
@@ -47,6 +50,7 @@ class LocalAdapter:
     def step(self) -> None:
         """One optimiser step from the gradients, which are cleared."""
         self._optimizer.step()
+        self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def take_progress(self) -> AdapterState:

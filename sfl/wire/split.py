@@ -20,11 +20,15 @@ from sfl.wire.torch_tensors import WIRE_DTYPE, from_torch, to_torch
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """The optimiser of both halves of a device's adapter: equal settings make split training equal to unsplit."""
+    """The optimiser of both halves of a device's adapter: equal settings make split training equal to unsplit.
+
+    Step t, counted from 1, has the learning rate `learning_rate * (1 - (t - 1) / decay_steps)`, or for 0 always the same.
+    """
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    decay_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,12 @@ def open_to_wire(request: SessionRequest) -> pb.Open:
         version=request.version,
         model_fingerprint=request.model_fingerprint,
         lora=lora_to_wire(request.lora),
-        optimizer=pb.Optimizer(name=optimizer.name, learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay),
+        optimizer=pb.Optimizer(
+            name=optimizer.name,
+            learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            decay_steps=optimizer.decay_steps,
+        ),
         seed=request.seed,
         dtype=request.dtype,
     )
@@ -117,7 +126,10 @@ def open_from_wire(message: pb.Open) -> SessionRequest:
         model_fingerprint=message.model_fingerprint,
         lora=lora_from_wire(message.lora),
         optimizer=OptimizerSpec(
-            "adamw" if name == "adamw" else "sgd", message.optimizer.learning_rate, message.optimizer.weight_decay
+            "adamw" if name == "adamw" else "sgd",
+            message.optimizer.learning_rate,
+            message.optimizer.weight_decay,
+            message.optimizer.decay_steps,
         ),
         seed=message.seed,
         dtype=message.dtype,

@@ -19,7 +19,7 @@ from tests.unsplit import read_trained, train_unsplit
 STEPS = 20
 
 
-def one_device(folder: Path, family: str, task: str, optimizer: str, cut: int) -> DeviceSettings:
+def one_device(folder: Path, family: str, task: str, optimizer: str, schedule: str, cut: int) -> DeviceSettings:
     model = save_tiny_model(folder / "model", family)
     return DeviceSettings(
         name="device-1",
@@ -31,11 +31,11 @@ def one_device(folder: Path, family: str, task: str, optimizer: str, cut: int) -
         batch_size=4,
         max_length=48,
         steps=STEPS,
-        optimizer=OptimizerSettings(name=optimizer, learning_rate=0.05 if optimizer == "sgd" else 2e-3),
+        optimizer=OptimizerSettings(name=optimizer, learning_rate=0.05 if optimizer == "sgd" else 2e-3, schedule=schedule),
     )
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("optimizer", "schedule"), [("sgd", "constant"), ("adamw", "constant"), ("adamw", "linear")])
 @pytest.mark.parametrize(
     ("family", "task", "cut"),
     [
@@ -46,8 +46,8 @@ def one_device(folder: Path, family: str, task: str, optimizer: str, cut: int) -
         ("bert", "classification", 1),
     ],
 )
-def test_twenty_steps_are_those_of_peft(tmp_path: Path, family: str, task: str, cut: int, optimizer: str) -> None:
-    settings = one_device(tmp_path, family, task, optimizer, cut)
+def test_twenty_steps_are_those_of_peft(tmp_path: Path, family: str, task: str, cut: int, optimizer: str, schedule: str) -> None:
+    settings = one_device(tmp_path, family, task, optimizer, schedule, cut)
     fed = FedSettings(devices=1, strategy=StrategySettings(name="fedavg", local_steps=STEPS))
     out = tmp_path / "out"
     simulated = simulate(fed, [settings], out)
