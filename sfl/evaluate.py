@@ -133,7 +133,7 @@ def require_known(examples: Sequence[Example], layout: AdapterLayout) -> None:
         names = ", ".join(sorted(f"'{label}'" for label in unknown))
         raise DataError(
             f"{count} of {len(examples)} examples have a label that the adapter was not trained on: {names}; it knows "
-            f"{', '.join(layout.labels)}. Leave them out, or train with these labels"
+            f"{', '.join(layout.labels)}. Leave them out (sfl eval --skip-unknown), or train with these labels"
         )
 
 

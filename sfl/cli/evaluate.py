@@ -9,9 +9,15 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="folder or hub id of the model that the adapter was trained on")],
-    adapter: Annotated[Path, typer.Option(help="folder of the adapter, such as out/demo/adapters/v3")],
+    adapter: Annotated[Path, typer.Option(help="folder of the adapter, such as out/demo/adapters/v11")],
     data: Annotated[list[Path], typer.Option(help="data file; repeat it for more")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="folder or hub id of the model that the adapter was trained on; by default its own note of it"),
+    ] = None,
+    skip_unknown: Annotated[
+        bool, typer.Option("--skip-unknown", help="leave out examples with a label that the adapter was not trained on")
+    ] = False,
     split: Annotated[
         Literal["all", "test"],
         typer.Option(help="all examples, or those that a device with this file and the default split keeps for the test"),
@@ -44,8 +50,14 @@ def evaluate(
         DataSettings.model_validate({"path": path, "drop_repeats": not keep_repeats, "label_column": label_column, **columns})
         for path in data
     ]
-    examples = examples_for(read_layout(adapter), settings, split)
-    result = evaluate_adapter(model, adapter, examples, batch_size=batch_size)
+    layout = read_layout(adapter)
+    examples = examples_for(layout, settings, split)
+    if skip_unknown and layout.labels:
+        known = [example for example in examples if example.label in layout.labels]
+        if len(known) < len(examples):
+            typer.echo(f"left out {len(examples) - len(known)} of {len(examples)} examples with an unknown label", err=True)
+        examples = known
+    result = evaluate_adapter(model or layout.base_model, adapter, examples, batch_size=batch_size)
     if json:
         typer.echo(dumps(result.as_dict(), indent=2))
         return

@@ -53,7 +53,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        _fail(f"this needs {package}, which is not installed: pip install 'sfl[{_EXTRAS[package]}]'", 2)
+        _fail(f"this needs {package}, which is not installed: pip install '.[{_EXTRAS[package]}]' in sfl's folder", 2)
     except OSError as error:  # a full disk, a folder that may not be written
         _fail(str(error), 1)
     except KeyboardInterrupt:

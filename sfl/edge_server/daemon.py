@@ -82,6 +82,7 @@ async def _run(
         finally:
             await stop(server, _GRACE_S)
             federation.close()  # or the loop would wait for calls that are still tried again
+            log.info("edge server %s has stopped", settings.name)
             metrics.write(
                 "end",
                 steps=service.steps,

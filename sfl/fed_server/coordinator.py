@@ -129,7 +129,7 @@ class Federation:
         if before is not None and before.cut != member.cut:
             self._log_expired(self._pool.drop(member.name))  # they are halves at the old cut
         if not known:
-            log.info("%s has joined", member.describe())
+            log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
         self._agree()
         self.on_change()

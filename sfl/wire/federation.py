@@ -51,6 +51,7 @@ class FederationClient:
         """Take part, then watch what happens; a server that was started anew is joined again."""
         self._request = request
         self._retry(lambda: self._stub.Join(request, timeout=CALL_S))
+        log.info("%s has joined the federation", self._name)
         self._watcher = threading.Thread(target=self._watch, name="watch-federation", daemon=True)
         self._watcher.start()
 

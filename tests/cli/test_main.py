@@ -127,7 +127,7 @@ main()
         (
             "ModuleNotFoundError('No module', name='torch.nn')",
             2,
-            "error: this needs torch, which is not installed: pip install 'sfl[train]'\n",
+            "error: this needs torch, which is not installed: pip install '.[train]' in sfl's folder\n",
         ),
         ("KeyboardInterrupt", 130, None),
     ],
