@@ -43,30 +43,22 @@ def adapter(seed: int, scale: float = 1.0) -> AdapterState:
     return state
 
 
+COMMON: dict[str, Any] = {
+    "task": "classification",
+    "base_model": "base",
+    "model_fingerprint": "abc",
+    "lora": LORA,
+    "cut": 1,
+}
+DATA: dict[str, Any] = {"examples": 10, "labels": ("benign", "scan"), "columns": ("proto",), "max_length": 32}
+
+
 def device(name: str, **changes: Any) -> Member:
-    common: dict[str, Any] = {
-        "task": "classification",
-        "base_model": "base",
-        "model_fingerprint": "abc",
-        "lora": LORA,
-        "cut": 1,
-        "examples": 10,
-        "labels": ("benign", "scan"),
-        "columns": ("proto",),
-        "max_length": 32,
-    }
-    return Member(name, "device", **{**common, **changes})
+    return Member(name, "device", **{**COMMON, **DATA, **changes})
 
 
 def edge(name: str = "edge", **changes: Any) -> Member:
-    common: dict[str, Any] = {
-        "task": "classification",
-        "base_model": "base",
-        "model_fingerprint": "abc",
-        "lora": LORA,
-        "cut": 1,
-    }
-    return Member(name, "edge", **{**common, **changes})
+    return Member(name, "edge", **{**COMMON, **changes})
 
 
 def federation(
