@@ -61,7 +61,7 @@ def device_settings(args: argparse.Namespace, seed: int) -> list[DeviceSettings]
             steps=args.steps,
             optimizer=OptimizerSettings(learning_rate=args.lr, schedule=args.schedule),
             seed=seed,
-            dtype=args.dtype,
+            precision=args.precision,
         )
         for path in captures
     ]
@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--schedule", choices=["constant", "linear"], default="linear", help="of the learning rate")
     parser.add_argument("--cut", type=int, default=2)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the base; adapters are fp32")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "int8", "nf4"], default="bf16", help="of the base; adapters are fp32"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
@@ -148,7 +150,7 @@ def main() -> None:
         test = [example for split in splits for example in split.test]
         if seed == args.first_seed:
             flows = f"{len(train)} training flows, {len(test)} test flows"
-            print(f"{len(devices)} devices, {flows}, {args.steps} steps of {args.batch_size} each, {args.dtype} base")
+            print(f"{len(devices)} devices, {flows}, {args.steps} steps of {args.batch_size} each, {args.precision} base")
         for name in args.strategies.split(","):
             if name == "centralised":
                 outcome = centralised(devices, train, test, seed)

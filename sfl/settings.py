@@ -15,7 +15,8 @@ from sfl.data.settings import DataSettings, Task
 from sfl.errors import SettingsError
 from sfl.wire.address import check_address
 
-Dtype = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8", "nf4"]
+Compute = Literal["fp32", "bf16"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Weights = Literal["frequency", "examples", "share"]
 
@@ -184,12 +185,24 @@ class WorkerSettings(DaemonSettings):
     model: str = Field(min_length=1, description="folder or hub id of the pretrained model")
     task: Task = Field("classification", description="what the model is trained to do")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter's shape")
-    dtype: Dtype = Field("fp32", description="number format of the base model")
+    precision: Precision = Field(
+        "fp32",
+        description="number format of the frozen base's weights; a device and its edge may differ (nf4 needs bitsandbytes)",
+    )
+    compute: Compute | None = Field(
+        None, description="number format of activations and gradients; left out: fp32 for an fp32 base, bf16 for the others"
+    )
+    run_on: Literal["cpu", "cuda"] = Field("cpu", description="where the model computes")
     wait_s: float = Field(60.0, gt=0, description="seconds to wait for a peer at the start")
     give_up_s: float = Field(300.0, gt=0, description="seconds to keep trying after a peer is lost")
     join_wait_s: float = Field(600.0, gt=0, description="seconds to wait until all expected devices have joined the federation")
     threads: int = Field(0, ge=0, description="CPU threads for the model; 0: torch's default")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of what is random")
+
+    @property
+    def compute_format(self) -> Compute:
+        """The number format of activations and gradients in force."""
+        return self.compute or ("fp32" if self.precision == "fp32" else "bf16")
 
 
 class EdgeSettings(WorkerSettings):

@@ -107,7 +107,7 @@ class _Running:
 def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> Simulated:
     """Run `devices` to their end; versions and metrics are written below `out`, as by the daemons of a demo.
 
-    All devices have the same model; the edge takes model, task, LoRA settings, dtype and seed from the first one.
+    All devices have the same model; the edge takes model, task, LoRA settings, precision and seed from the first one.
     """
     prepared = [PreparedDevice.of(settings) for settings in devices]
     first = prepared[0]
@@ -133,7 +133,7 @@ def _edge(federation: Federation, first: PreparedDevice, labels: Sequence[str]) 
     request = first.join_request()
     request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, _LOWEST_CUT
     federation.join(member_from_wire(request))
-    half = load_edge_half(settings.model, settings.task, _LOWEST_CUT, labels, settings.dtype, settings.seed)
+    half = load_edge_half(settings.model, settings.task, _LOWEST_CUT, labels, settings.precision, settings.seed)
     initial = initial_adapter(half.config, settings.task, first.lora, head_state(half), settings.seed)
     head = half.family.head if settings.task == "classification" else ()
     federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)
@@ -144,7 +144,7 @@ def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, m
     settings, version = device.settings, federation.version
     if federation.agreement is None or version is None:
         raise SettingsError("a run needs the agreement and version 0")
-    half = load_device_half(settings.model, settings.cut, settings.dtype)
+    half = load_device_half(settings.model, settings.cut, settings.precision)
     link = LocalFederation(federation, settings.name)
     state = link.fetch(version, 0, settings.cut)
     adapter = LocalAdapter(inject_lora(half, device.lora), state, settings.cut, version, device.optimizer)

@@ -28,7 +28,9 @@ def demo(
     strategy: Annotated[str, typer.Option(help="gsfs, gsfs-printed or fedavg")] = "gsfs",
     shuffle: Annotated[bool, typer.Option(help="shuffle each device's training examples")] = True,
     seed: Annotated[int, typer.Option(min=0, help="seed of all that is random")] = 0,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="number format of the base model")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "bf16", "int8", "nf4"], typer.Option(help="number format of the base model's weights")
+    ] = "fp32",
     edges: Annotated[int, typer.Option(min=1, help="number of edge servers")] = 1,
     out: Annotated[Path, typer.Option(help="folder for logs, metrics, adapters, summary and picture")] = Path("out/demo"),
     json: Annotated[bool, typer.Option("--json", help="print summary.json instead of the table")] = False,
@@ -58,7 +60,7 @@ def demo(
         strategy=strategy,
         shuffle=shuffle,
         seed=seed,
-        dtype=dtype,
+        precision=precision,
         edges=edges,
         out=out,
     )

@@ -13,7 +13,7 @@ from sfl.data.generate import PROFILES, generate_log
 from sfl.data.settings import Task
 from sfl.errors import DataError, SettingsError
 from sfl.model.default import DEFAULT_NAME, default_model
-from sfl.settings import DeviceSettings, Dtype, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
+from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, Precision, StrategySettings
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
 
@@ -40,7 +40,7 @@ class DemoOptions:
     strategy: str = "gsfs"
     shuffle: bool = True
     seed: int = 0
-    dtype: Dtype = "fp32"
+    precision: Precision = "fp32"
     edges: int = 1
     out: Path = Path("out/demo")
 
@@ -67,7 +67,7 @@ def plan_demo(options: DemoOptions) -> Plan:
     device_threads, edge_threads = share_threads(len(data), options.edges)
     lora = LoraSettings(rank=options.lora_rank, alpha=2.0 * options.lora_rank)
     cuts = [options.cuts[index % len(options.cuts)] for index in range(len(data))]
-    common = {"model": model, "task": options.task, "lora": lora, "dtype": options.dtype, "seed": options.seed}
+    common = {"model": model, "task": options.task, "lora": lora, "precision": options.precision, "seed": options.seed}
     try:
         plan = Plan(
             out=options.out,

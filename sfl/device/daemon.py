@@ -29,7 +29,7 @@ def run(settings: DeviceSettings) -> None:
         federation.join(device.join_request())
         agreement = federation.agreement(settings.join_wait_s)
         plan = device.plan(agreement.labels)
-        half = load_device_half(settings.model, settings.cut, settings.dtype)
+        half = load_device_half(settings.model, settings.cut, settings.precision)
         slots = inject_lora(half, device.lora)
         version = federation.version(0, settings.join_wait_s)
         adapter = LocalAdapter(slots, federation.fetch(version, 0, settings.cut), settings.cut, version, device.optimizer)

@@ -91,7 +91,7 @@ class PreparedDevice:
             lora=self.lora,
             optimizer=self.optimizer,
             seed=settings.seed,
-            dtype=settings.dtype,
+            dtype=settings.compute_format,
         )
 
     def plan(self, labels: Sequence[str]) -> RunPlan:

@@ -11,7 +11,7 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, edge_half
 from sfl.errors import RefusedError, WireError
 from sfl.model.cut import EdgeHalf, check_cut
-from sfl.model.load import check_max_length, dtype_name
+from sfl.model.load import check_max_length
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
@@ -42,7 +42,6 @@ class EdgeEngine:
     def __init__(self, half: EdgeHalf, slots: AdapterSlots, task: str, lora: LoraSpec, fingerprint: str) -> None:
         self.task = task
         self.hidden_size: int = half.config.hidden_size
-        self.dtype: torch.dtype = half.model.dtype
         self._half = half
         self._slots = slots
         self._lora = lora
@@ -61,10 +60,6 @@ class EdgeEngine:
             raise RefusedError(f"the LoRA settings differ between {request.device} and the edge: {differing}")
         if request.task != self.task:
             raise RefusedError(f"{request.device} trains for {request.task}, this edge for {self.task}")
-        if (dtype := dtype_name(self.dtype)) != request.dtype:
-            raise RefusedError(
-                f"{request.device} computes in {request.dtype or 'an unnamed dtype'}, this edge in {dtype}: set `dtype` alike"
-            )
         check_cut(self._half.config, request.cut)
         if request.cut < self._half.lowest_cut:
             raise RefusedError(

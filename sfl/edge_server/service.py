@@ -134,7 +134,7 @@ class SplitService(SplitTrainingServicer):
 
         def compute() -> StepResult:
             started, before = loop.time(), session.last_step
-            result = self._engine.step(session, message.step, message.version, self._batch(tensors))
+            result = self._engine.step(session, message.step, message.version, self._batch(session, tensors))
             if session.last_step > before:  # and so not answered again; counted even if the device is gone by now
                 loop.call_soon_threadsafe(self._count, session, result, loop.time() - started, started - arrived)
             return result
@@ -156,13 +156,13 @@ class SplitService(SplitTrainingServicer):
 
     async def _evaluate(self, session: Session, message: split_pb2.Evaluate, tensors: list[RawTensor]) -> Answer:
         result = await self._compute(
-            session.request, lambda: self._engine.evaluate(session, message.version, self._batch(tensors))
+            session.request, lambda: self._engine.evaluate(session, message.version, self._batch(session, tensors))
         )
         evaluated, answer = evaluation_to_wire(result)
         return EdgeMessage(evaluated=evaluated), answer
 
-    def _batch(self, tensors: list[RawTensor]) -> CutBatch:
-        return batch_from_wire(tensors, self._engine.hidden_size, self._engine.dtype, self._engine.task == "causal-lm")
+    def _batch(self, session: Session, tensors: list[RawTensor]) -> CutBatch:
+        return batch_from_wire(tensors, self._engine.hidden_size, session.request.dtype, self._engine.task == "causal-lm")
 
     async def _submit(self, session: Session, message: split_pb2.SubmitHalf) -> Answer:
         device = session.request.device

@@ -8,10 +8,10 @@ from pathlib import Path
 from sfl.data.settings import Task
 from sfl.model.cut import DeviceHalf, EdgeHalf, check_cut, drop_above, drop_below
 from sfl.model.load import load_config, load_task_model
-from sfl.settings import Dtype
+from sfl.settings import Precision
 
 
-def load_device_half(name_or_dir: str | Path, cut: int, dtype: Dtype = "fp32") -> DeviceHalf:
+def load_device_half(name_or_dir: str | Path, cut: int, dtype: Precision = "fp32") -> DeviceHalf:
     """Embeddings and blocks 0 to `cut` - 1, for any task. Raises `ModelError` as `load_task_model` and `DeviceHalf` do."""
     config = load_config(name_or_dir)
     check_cut(config, cut)
@@ -26,7 +26,7 @@ def load_edge_half(
     task: Task,
     lowest_cut: int,
     labels: Sequence[str] = (),
-    dtype: Dtype = "fp32",
+    dtype: Precision = "fp32",
     seed: int = 0,
 ) -> EdgeHalf:
     """Blocks from `lowest_cut` on, embeddings and head; a missing head is initialised under `seed`, as in `load_task_model`.

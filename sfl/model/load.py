@@ -23,7 +23,7 @@ from transformers.utils import logging
 from sfl.data.settings import Task
 from sfl.errors import ModelError
 from sfl.model.families import FAMILIES, Family, family_of, require_task
-from sfl.settings import Dtype
+from sfl.settings import Precision
 
 _hf_logging: Any = logging  # not annotated
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +47,7 @@ def load_task_model(
     name_or_dir: str | Path,
     task: Task,
     labels: Sequence[str] = (),
-    dtype: Dtype = "fp32",
+    dtype: Precision = "fp32",
     seed: int = 0,
     drop: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:

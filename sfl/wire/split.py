@@ -17,6 +17,8 @@ from sfl.wire.adapters import lora_from_wire, lora_to_wire
 from sfl.wire.tensors import RawTensor, require
 from sfl.wire.torch_tensors import WIRE_DTYPE, from_torch, to_torch
 
+FORMATS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of activations and gradients
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -51,7 +53,7 @@ class SessionRequest:
 class CutBatch:
     """One batch at the cut layer.
 
-    `activation` is (batch, tokens, hidden) in the model's dtype, `attention_mask` (batch, tokens) int64 and `labels`
+    `activation` is (batch, tokens, hidden) in the session's dtype, `attention_mask` (batch, tokens) int64 and `labels`
     int64: (batch,) class indices, or (batch, tokens) token ids with -100 where no loss is due.
     """
 
@@ -107,7 +109,7 @@ def open_to_wire(request: SessionRequest) -> pb.Open:
 
 
 def open_from_wire(message: pb.Open) -> SessionRequest:
-    """Raises `WireError` for a name that is missing or an optimiser that is unknown or cannot work."""
+    """Raises `WireError` for a name that is missing or an optimiser or a dtype that is unknown or cannot work."""
     if not message.session or not message.device:
         raise WireError("a session and its device must have a name")
     name = message.optimizer.name
@@ -117,6 +119,8 @@ def open_from_wire(message: pb.Open) -> SessionRequest:
         value: float = getattr(message.optimizer, what)
         if not 0 <= value < math.inf:
             raise WireError(f"the optimizer's {what} is {value}: it must be a number, 0 or above")
+    if message.dtype not in FORMATS:
+        raise WireError(f"unknown dtype '{message.dtype}' of activations: {' and '.join(FORMATS)} are known")
     return SessionRequest(
         session=message.session,
         device=message.device,
@@ -144,12 +148,12 @@ def batch_to_wire(batch: CutBatch) -> list[RawTensor]:
     ]
 
 
-def batch_from_wire(tensors: Sequence[RawTensor], hidden: int, dtype: torch.dtype, per_token_labels: bool) -> CutBatch:
+def batch_from_wire(tensors: Sequence[RawTensor], hidden: int, dtype: str, per_token_labels: bool) -> CutBatch:
     """Raises `WireError` unless the three tensors have the dtypes and shapes of a batch of this model, and the mask 0s and 1s."""
     if len(tensors) != 3:
         raise WireError(f"a batch has the tensors activation, attention_mask and labels; {len(tensors)} came")
     activation, mask, labels = tensors
-    require(activation, "activation", WIRE_DTYPE[dtype], (None, None, hidden))
+    require(activation, "activation", WIRE_DTYPE[FORMATS[dtype]], (None, None, hidden))
     require(mask, "attention_mask", tensor_pb2.INT64, activation.shape[:2])
     require(labels, "labels", tensor_pb2.INT64, activation.shape[:2] if per_token_labels else activation.shape[:1])
     batch = CutBatch(to_torch(activation), to_torch(mask), to_torch(labels))

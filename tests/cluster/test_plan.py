@@ -60,7 +60,7 @@ def test_a_whole_plan(tmp_path: Path) -> None:
     data = (texts(tmp_path / "a.txt"), texts(tmp_path / "b.txt"))
     options = DemoOptions(
         model="some/model", data=data, devices=5, cuts=(3, 1), edges=2, strategy="fedavg", lora_rank=4, optimizer="sgd",
-        learning_rate=0.1, shuffle=False, seed=7, dtype="bf16", steps=9, batch_size=3, max_length=20, out=tmp_path / "out",
+        learning_rate=0.1, shuffle=False, seed=7, precision="bf16", steps=9, batch_size=3, max_length=20, out=tmp_path / "out",
     )  # fmt: skip
     plan = plan_demo(options)
     assert plan.fed.devices == 5 and plan.fed.strategy.name == "fedavg"
@@ -68,7 +68,13 @@ def test_a_whole_plan(tmp_path: Path) -> None:
     assert [device.cut for device in plan.devices] == [3, 1, 3, 1, 3]
     assert [edge.lowest_cut for edge in plan.edges] == [3, 1]
     for daemon in (*plan.devices, *plan.edges):
-        assert (daemon.model, daemon.lora.rank, daemon.lora.alpha, daemon.dtype, daemon.seed) == ("some/model", 4, 8.0, "bf16", 7)
+        assert (daemon.model, daemon.lora.rank, daemon.lora.alpha, daemon.precision, daemon.seed) == (
+            "some/model",
+            4,
+            8.0,
+            "bf16",
+            7,
+        )
     first = plan.devices[0]
     assert (first.steps, first.batch_size, first.max_length, first.shuffle) == (9, 3, 20, False)
     assert (first.optimizer.name, first.optimizer.learning_rate) == ("sgd", 0.1)

@@ -23,7 +23,7 @@ def device_settings(name: str, model: Path, data: Path, **changes: Any) -> Devic
 
 def edge_settings(name: str, device: DeviceSettings, **changes: Any) -> EdgeSettings:
     """An edge server that fits `device`."""
-    shared = {key: getattr(device, key) for key in ("model", "task", "lora", "dtype", "threads", "give_up_s")}
+    shared = {key: getattr(device, key) for key in ("model", "task", "lora", "precision", "threads", "give_up_s")}
     return EdgeSettings(name=name, **{**shared, **changes})
 
 

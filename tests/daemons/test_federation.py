@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     model = save_tiny_model(folder / "model", "llama")
     learning = OptimizerSettings(learning_rate=1e-2)
     devices = several_devices(
-        folder, model, list(CUTS.values()), steps=STEPS, optimizer=learning, validation_batches=2, dtype="bf16"
+        folder, model, list(CUTS.values()), steps=STEPS, optimizer=learning, validation_batches=2, precision="bf16"
     )
     edges = [edge_settings("edge-a", devices[0]), edge_settings("edge-b", devices[1], lowest_cut=2)]
     with Daemons(folder / "run") as daemons:

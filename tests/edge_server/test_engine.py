@@ -286,7 +286,6 @@ def test_labels_of_a_causal_lm() -> None:
             "the base models differ: fingerprint eeeeeeeeeeee on device-1, ffffffffffff at the edge",
         ),
         ({"task": "causal-lm"}, "device-1 trains for causal-lm, this edge for classification"),
-        ({"dtype": "bf16"}, "device-1 computes in bf16, this edge in fp32: set `dtype` alike"),
         ({"cut": 1}, "cut 1 is below 2, the lowest"),
         ({"cut": 0}, "cut 0 is not possible"),
         ({"cut": 4}, "cut 4 is not possible"),

@@ -32,7 +32,7 @@ def device(**changes: object) -> DeviceSettings:
         {"optimizer": {"learning_rate": 0}},
         {"optimizer": {"learning_rate": float("inf")}},
         {"optimizer": {"name": "adam"}},
-        {"dtype": "fp16"},
+        {"precision": "fp16"},
         {"task": "regression"},
         {"name": ""},
         {"name": "../elsewhere"},
