@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -23,17 +24,22 @@ _SHAPES = {
 SHAPES = tuple(_SHAPES)
 
 
-def config_of(shape: str) -> PretrainedConfig:
-    """The configuration of an OPT model, dropout 0 so that two runs of one step can be compared."""
-    return AutoConfig.for_model("opt", **_SHAPES[shape], vocab_size=50272, max_position_embeddings=2048, dropout=0.0)
+def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
+    """The configuration of an OPT model, of all its layers or fewer; dropout 0 so that two runs of one step can be compared."""
+    sizes = {**_SHAPES[shape], **({} if layers is None else {"num_hidden_layers": layers})}
+    return AutoConfig.for_model("opt", **sizes, vocab_size=50272, max_position_embeddings=2048, dropout=0.0)
 
 
-def make_model(shape: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the model and a tokenizer of single words to `folder`, unless they are there; returns it."""
-    if not (folder / "model.safetensors").exists():
+def make_model(shape: str, folder: Path, layers: int | None = None) -> Path:
+    """Write the model and a tokenizer of single words to `folder`, unless they are there; returns it.
+
+    Weights are fp32, and bf16 for OPT-1.3B.
+    """
+    if not (folder / "tokenizer_config.json").exists():  # which is written last
         torch.manual_seed(0)
         folder.mkdir(parents=True, exist_ok=True)
-        AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype).save_pretrained(folder)
+        dtype = torch.bfloat16 if shape == "opt-1.3b" else torch.float32
+        AutoModelForCausalLM.from_config(config_of(shape, layers), dtype=dtype).save_pretrained(folder)
         vocabulary = {word: index for index, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *map(str, range(1000))])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -48,3 +54,7 @@ def write_texts(path: Path, count: int, words: int) -> Path:
     lines = [" ".join(str((row * 7 + word * 13) % 1000) for word in range(words)) for row in range(count)]
     path.write_text("".join(f"{line};{'ab'[row % 2]}\n" for row, line in enumerate(lines)), encoding="utf-8")
     return path
+
+
+if __name__ == "__main__":  # python benchmarks/shapes.py SHAPE FOLDER
+    make_model(sys.argv[1], Path(sys.argv[2]))

@@ -37,10 +37,8 @@ from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.prepare import PreparedDevice
 from sfl.device.trainer import DeviceTrainer
 from sfl.model.default import default_model
-from sfl.model.halves import load_device_half
 from sfl.model.load import load_task_model
 from sfl.model.local_adapter import LocalAdapter
-from sfl.model.lora import inject_lora
 from sfl.settings import DeviceSettings
 from sfl.wire.federation import FederationClient
 from sfl.wire.split import CutBatch, StepResult
@@ -106,10 +104,10 @@ def be_device(config: Path) -> None:
     federation = FederationClient(settings.federation, settings.name, settings.wait_s)
     federation.join(device.join_request())
     plan = device.plan(list(federation.agreement(120).labels))
-    half = load_device_half(settings.model, settings.cut)
+    half, slots = device.load_half()
     version = federation.version(0, 300)
     state = federation.fetch(version, 0, settings.cut)
-    adapter = LocalAdapter(inject_lora(half, device.lora), state, settings.cut, version, device.optimizer)
+    adapter = LocalAdapter(slots, state, settings.cut, version, device.optimizer)
     link = TimedLink(settings.edge, device.session_request(version), 120, 120)
     trainer = DeviceTrainer(half, adapter, link, settings.task)
     print("ready", flush=True)

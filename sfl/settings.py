@@ -225,6 +225,12 @@ class DeviceSettings(WorkerSettings):
     cut: int = Field(1, ge=1, description="cut layer: number of blocks that run on the device")
     data: DataSettings = Field(description="the device's own data")
     batch_size: int = Field(8, ge=1, description="examples in a step")
+    micro_batch: int = Field(
+        0, ge=0, description="examples that the device computes at a time; fewer take less memory, and a second forward pass"
+    )
+    checkpointing: bool = Field(
+        False, description="keep only each block's input for the backward pass and compute the block once more then"
+    )
     max_length: int = Field(64, ge=1, description="tokens after which a text is cut off")
     steps: int = Field(100, ge=1, description="local optimiser steps")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="the local optimiser")

@@ -23,7 +23,7 @@ from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.pool import Half
 from sfl.fed_server.versions import VersionStore
-from sfl.model.halves import load_device_half, load_edge_half
+from sfl.model.halves import load_edge_half
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import head_state, initial_adapter, inject_lora
 from sfl.model.seeds import dropout_seed
@@ -144,13 +144,13 @@ def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, m
     settings, version = device.settings, federation.version
     if federation.agreement is None or version is None:
         raise SettingsError("a run needs the agreement and version 0")
-    half = load_device_half(settings.model, settings.cut, settings.precision)
+    half, slots = device.load_half()
     link = LocalFederation(federation, settings.name)
     state = link.fetch(version, 0, settings.cut)
-    adapter = LocalAdapter(inject_lora(half, device.lora), state, settings.cut, version, device.optimizer)
+    adapter = LocalAdapter(slots, state, settings.cut, version, device.optimizer)
     edge = LocalEdge(engine, federation, device.session_request(version))
     plan = device.plan(federation.agreement.labels)
-    trainer = DeviceTrainer(half, adapter, edge, settings.task)
+    trainer = DeviceTrainer(half, adapter, edge, settings.task, settings.micro_batch)
     seed = dropout_seed(settings.seed, settings.name, "device")
     return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), seed, trainer, edge)
 

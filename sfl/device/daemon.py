@@ -8,10 +8,9 @@ from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
-from sfl.model.halves import load_device_half
 from sfl.model.local_adapter import LocalAdapter
-from sfl.model.lora import inject_lora
 from sfl.model.seeds import dropout_seed
+from sfl.phases import phase
 from sfl.settings import DeviceSettings
 from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
@@ -28,16 +27,17 @@ def run(settings: DeviceSettings) -> None:
     try:
         federation.join(device.join_request())
         agreement = federation.agreement(settings.join_wait_s)
-        plan = device.plan(agreement.labels)
-        half = load_device_half(settings.model, settings.cut, settings.precision)
-        slots = inject_lora(half, device.lora)
+        with phase("tokenise"):
+            plan = device.plan(agreement.labels)
+        with phase("load"):
+            half, slots = device.load_half()
         version = federation.version(0, settings.join_wait_s)
         adapter = LocalAdapter(slots, federation.fetch(version, 0, settings.cut), settings.cut, version, device.optimizer)
         link = GrpcEdgeLink(settings.edge, device.session_request(version), settings.wait_s, settings.give_up_s)
         try:
             with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
                 metrics.write("start", name=settings.name, cut=settings.cut, steps=settings.steps, **device.sizes())
-                trainer = DeviceTrainer(half, adapter, link, settings.task)
+                trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch)
                 traffic = (link.traffic, federation.traffic)
                 training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic)
                 _train(training, trainer, agreement.policy, federation, settings.give_up_s)

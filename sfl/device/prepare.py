@@ -14,10 +14,12 @@ from sfl.data.labels import LabelSet
 from sfl.data.load import load_splits
 from sfl.data.split import Splits
 from sfl.device.run import RunPlan
-from sfl.model.cut import check_cut
+from sfl.model.cut import DeviceHalf, check_cut
 from sfl.model.fingerprint import model_fingerprint
+from sfl.model.halves import load_device_half
 from sfl.model.load import check_max_length, load_config, load_tokenizer
-from sfl.model.lora import resolve_targets
+from sfl.model.lora import AdapterSlots, inject_lora, resolve_targets
+from sfl.model.recompute import recompute_blocks
 from sfl.settings import DeviceSettings
 from sfl.v1 import federation_pb2
 from sfl.wire.adapters import lora_to_wire
@@ -93,6 +95,15 @@ class PreparedDevice:
             seed=settings.seed,
             dtype=settings.compute_format,
         )
+
+    def load_half(self) -> tuple[DeviceHalf, AdapterSlots]:
+        """The device's half of the base, with LoRA in its blocks. Raises `ModelError` as `load_device_half` does."""
+        settings = self.settings
+        half = load_device_half(str(settings.model), settings.cut, settings.precision)
+        slots = inject_lora(half, self.lora)
+        if settings.checkpointing:
+            recompute_blocks(half)
+        return half, slots
 
     def plan(self, labels: Sequence[str]) -> RunPlan:
         """The run, with the data as tokens; `labels` are the classes that all devices agreed on."""

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from sfl.adapters.state import AdapterState
+from sfl.allocator import release_freed_memory
 from sfl.data.batches import Batch
 from sfl.errors import WireError
 from sfl.model.cut import DeviceHalf
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.metrics import accuracy, macro_f1
+from sfl.model.recompute import forward_in_micro_batches
 from sfl.model.tasks import make_labels
+from sfl.phases import phase
 from sfl.wire.split import CutBatch, Evaluation, StepResult
 
 
@@ -58,28 +61,38 @@ class Figures:
 
 
 class DeviceTrainer:
-    """Trains the device's half of an adapter together with the edge's, one batch a step."""
+    """Trains the device's half of an adapter together with the edge's, one batch a step.
 
-    def __init__(self, half: DeviceHalf, adapter: LocalAdapter, link: EdgeLink, task: str) -> None:
+    With `micro_batch` the device computes a batch so many examples at a time; to the edge it is one batch all the same.
+    """
+
+    def __init__(self, half: DeviceHalf, adapter: LocalAdapter, link: EdgeLink, task: str, micro_batch: int = 0) -> None:
         self.adapter = adapter
         self._half = half
         self._link = link
         self._task = task
+        self._micro_batch = micro_batch
 
     def step(self, step: int, batch: Batch) -> TrainedStep:
         """Step number `step`, counted from 1: activation out, gradient in, one optimiser step on either side."""
         self._half.train()
         self.adapter.mount()
-        activation, cut_batch = self._forward(batch)
-        result = self._link.step(step, self.adapter.version, cut_batch)
+        with phase("forward"):
+            activation, cut_batch = self._forward(batch)
+        with phase("wait"):
+            result = self._link.step(step, self.adapter.version, cut_batch)
         if (result.step, result.version) != (step, self.adapter.version):
             raise WireError(
                 f"the edge answered step {result.step} of version {result.version}; step {step} of version"
                 f" {self.adapter.version} was asked"
             )
-        torch.autograd.backward(activation, result.gradient)
-        norms = result.layer_norms | self.adapter.layer_norms()
-        self.adapter.step()
+        with phase("backward"):
+            torch.autograd.backward(activation, result.gradient)
+        with phase("step"):
+            norms = result.layer_norms | self.adapter.layer_norms()
+            self.adapter.step()
+        del activation, cut_batch
+        release_freed_memory()
         return TrainedStep(result.loss, norms)
 
     @torch.no_grad()
@@ -116,5 +129,8 @@ class DeviceTrainer:
         """The activation with its graph, and what of the batch leaves the device."""
         input_ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
         classes = None if batch.labels is None else torch.from_numpy(batch.labels)
-        activation = self._half(input_ids, mask)
+        if 0 < self._micro_batch < len(batch):
+            activation = forward_in_micro_batches(self._half, input_ids, mask, self._micro_batch)
+        else:
+            activation = self._half(input_ids, mask)
         return activation, CutBatch(activation.detach(), mask, make_labels(self._task, input_ids, mask, classes))
