@@ -39,7 +39,7 @@ for place in sys.argv[1:]:
 
 def docker(*words: object, check: bool = True) -> str:
     """The output of a docker command. Raises `CalledProcessError` with `check`."""
-    done = subprocess.run(["docker", *map(str, words)], check=check, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(["docker", *map(str, words)], check=check, capture_output=True, text=True)
     return done.stdout.strip()
 
 

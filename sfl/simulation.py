@@ -27,13 +27,12 @@ from sfl.model.halves import load_edge_half
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import head_state, initial_adapter, inject_lora
 from sfl.model.seeds import dropout_seed
-from sfl.settings import DeviceSettings, FedSettings
+from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings, WorkerSettings
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2
 from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
 
 _EDGE = "edge"
-_LOWEST_CUT = 1
 
 
 class LocalFederation:
@@ -104,10 +103,10 @@ class _Running:
         return self.trainer.adapter.values() | self.edge.values()
 
 
-def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> Simulated:
+def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path, edge: EdgeSettings | None = None) -> Simulated:
     """Run `devices` to their end; versions and metrics are written below `out`, as by the daemons of a demo.
 
-    All devices have the same model; the edge takes model, task, LoRA settings, precision and seed from the first one.
+    All devices have the same model. Without `edge` the edge server is set as the first device is.
     """
     prepared = [PreparedDevice.of(settings) for settings in devices]
     first = prepared[0]
@@ -119,7 +118,7 @@ def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> 
             federation.watch_begins(device.settings.name)
         if federation.agreement is None or len(devices) < fed.devices:
             raise federation.failure or SettingsError(f"{fed.devices} devices are expected, {len(devices)} take part")
-        engine = _edge(federation, first, federation.agreement.labels)
+        engine = _edge(federation, edge or _edge_like(first.settings), first, federation.agreement.labels)
         running = {}
         for device in prepared:
             own = files.enter_context(MetricsWriter(out / device.settings.name / "metrics.jsonl"))
@@ -128,12 +127,16 @@ def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path) -> 
     return Simulated(federation, {name: device.local_adapter() for name, device in running.items()})
 
 
-def _edge(federation: Federation, first: PreparedDevice, labels: Sequence[str]) -> EdgeEngine:
-    settings = first.settings
+def _edge_like(device: DeviceSettings) -> EdgeSettings:
+    shared = {key: getattr(device, key) for key in WorkerSettings.model_fields if key not in DaemonSettings.model_fields}
+    return EdgeSettings(name=_EDGE, **shared)
+
+
+def _edge(federation: Federation, settings: EdgeSettings, first: PreparedDevice, labels: Sequence[str]) -> EdgeEngine:
     request = first.join_request()
-    request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, _LOWEST_CUT
+    request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, settings.lowest_cut
     federation.join(member_from_wire(request))
-    half = load_edge_half(settings.model, settings.task, _LOWEST_CUT, labels, settings.precision, settings.seed)
+    half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.precision, seed=settings.seed)
     initial = initial_adapter(half.config, settings.task, first.lora, head_state(half), settings.seed)
     head = half.family.head if settings.task == "classification" else ()
     federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)

@@ -94,7 +94,7 @@ async def _run(
 
 def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterSlots, AdapterState]:
     """The edge's half of the base, where its adapters go, and version 0 as this edge would begin."""
-    half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.precision, settings.seed)
+    half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.precision, seed=settings.seed)
     initial = initial_adapter(half.config, settings.task, lora, head_state(half), settings.seed)
     return half, inject_lora(half, lora), initial
 
