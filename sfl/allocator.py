@@ -6,6 +6,9 @@ import ctypes
 
 KEPT_BYTES = 32 * 10**6  # so much may stay for the next step: faulting it in again would cost small models a tenth of a step
 
+MAPPED_BYTES = 256 * 1024
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+
 
 class _MallInfo2(ctypes.Structure):
     """glibc's `struct mallinfo2`; bytes."""
@@ -14,6 +17,17 @@ class _MallInfo2(ctypes.Structure):
         (name, ctypes.c_size_t)
         for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
     )
+
+
+def map_large_blocks() -> bool:
+    """Have blocks of `MAPPED_BYTES` or more mapped one by one from now on, so that each goes back to the system when it is
+    freed; whether that was done.
+
+    Otherwise glibc soon takes blocks of up to 32 MB from its heap, where the tensors that the backward pass needs keep the
+    room of freed ones between them: twice as much as is in use.
+    """
+    mallopt = getattr(_LIBC, "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES))
 
 
 def heap_figures() -> dict[str, int] | None:
@@ -28,10 +42,10 @@ def heap_figures() -> dict[str, int] | None:
     return {"arena": info.arena, "used": info.uordblks, "free": info.fordblks, "mapped": info.hblkhd}
 
 
-def release_freed_memory() -> bool:
-    """Give what was freed back to the system if it is more than `KEPT_BYTES`; whether that was done."""
+def release_freed_memory(kept_bytes: int = KEPT_BYTES) -> bool:
+    """Give what was freed back to the system if it is more than `kept_bytes`; whether that was done."""
     figures, trim = heap_figures(), getattr(_LIBC, "malloc_trim", None)
-    return trim is not None and (figures is None or figures["free"] > KEPT_BYTES) and bool(trim(0))
+    return trim is not None and (figures is None or figures["free"] > kept_bytes) and bool(trim(0))
 
 
 try:

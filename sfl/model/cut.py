@@ -77,9 +77,13 @@ class DeviceHalf(nn.Module):
         self.head: dict[str, nn.Module] = {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The hidden state that would enter block `cut`: (B, T, H) in the base's dtype, from (B, T) int64 ids and mask."""
-        hidden: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return hidden
+        """The hidden state that would enter block `cut`: (B, T, H) in the dtype of the activations, in CPU memory.
+
+        It comes from (B, T) int64 ids and mask, which are moved to where the half computes.
+        """
+        place = next(self.parameters()).device
+        hidden: Tensor = self.backbone(input_ids=input_ids.to(place), attention_mask=attention_mask.to(place)).last_hidden_state
+        return hidden.cpu()
 
 
 class EdgeOutput(NamedTuple):
@@ -97,7 +101,8 @@ class EdgeHalf(nn.Module):
     Raises `ModelError` for a family that cannot be cut, a cut outside 1 to L-1, or a classifier without a pad token.
     """
 
-    def __init__(self, model: PreTrainedModel, lowest_cut: int) -> None:
+    def __init__(self, model: PreTrainedModel, lowest_cut: int, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is that of the activations, for a model whose first weight is kept in another."""
         super().__init__()
         self.config = model.config
         self.family = family_of(model.config)
@@ -106,7 +111,7 @@ class EdgeHalf(nn.Module):
         _prepare(model)
         self.model = model
         _drop_embedding(model)
-        self._dtype = model.dtype
+        self._dtype = dtype or model.dtype
         trained = {name: getattr(model, name, None) for name in self.family.head}
         self.head: dict[str, nn.Module] = {name: module for name, module in trained.items() if module is not None}
         if self.head and model.config.pad_token_id is None:
@@ -123,6 +128,7 @@ class EdgeHalf(nn.Module):
 
         `hidden` is (B, T, H) in any float dtype; where it requires a gradient, `loss.backward()` leaves it in `hidden.grad`.
         `attention_mask` is (B, T) int64, 1 on tokens; `labels` as `sfl.model.tasks.make_labels` makes them.
+        All are moved to where the half computes, and what is returned stays there.
         Raises `ModelError` when the edge has no blocks for this cut, or the shapes disagree. Not reentrant.
         """
         self._require(cut)
@@ -132,7 +138,9 @@ class EdgeHalf(nn.Module):
                 f" and a hidden size of {self.config.hidden_size}"
             )
         self._show(cut)
-        self._source.hidden = hidden.to(self._dtype)
+        place = next(self.parameters()).device
+        attention_mask, labels = attention_mask.to(place), None if labels is None else labels.to(place)
+        self._source.hidden = hidden.to(place, self._dtype)
         try:
             output = self.model(input_ids=self._placeholders(attention_mask), attention_mask=attention_mask, labels=labels)
         finally:
@@ -187,6 +195,11 @@ def drop_below(model: PreTrainedModel, cut: int) -> None:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None or not model.config.tie_word_embeddings:  # a tied LM head has to be loaded from the token embedding
         _drop_embedding(model)
+
+
+def held_blocks(model: PreTrainedModel, lowest_cut: int) -> list[nn.Module]:
+    """The blocks that an edge with this lowest cut keeps."""
+    return list(_block_list(model, family_of(model.config), ()))[lowest_cut:]
 
 
 def _drop_embedding(model: PreTrainedModel) -> None:

@@ -26,7 +26,6 @@ class Family:
     tasks: tuple[Task, ...] = ("classification", "causal-lm")
     returns_tuple: bool = False
     lora_targets: tuple[str, ...] = ()
-    transposed_weights: bool = False  # GPT-2's Conv1D keeps its weight as (in, out)
 
     @property
     def backbone(self) -> str:
@@ -44,7 +43,7 @@ def _encoder(model_type: str, blocks: str, tail: tuple[str, ...], head: tuple[st
 
 _FAMILIES = (
     Family("opt", "model.decoder.layers", ("model.decoder.final_layer_norm", "model.decoder.project_out")),
-    Family("gpt2", "transformer.h", ("transformer.ln_f",), transposed_weights=True),
+    Family("gpt2", "transformer.h", ("transformer.ln_f",)),
     Family("gpt_neo", "transformer.h", ("transformer.ln_f",), returns_tuple=True),
     Family("gpt_neox", "gpt_neox.layers", ("gpt_neox.final_layer_norm",)),
     Family("bloom", "transformer.h", ("transformer.ln_f",), returns_tuple=True),

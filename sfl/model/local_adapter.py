@@ -39,6 +39,16 @@ class LocalAdapter:
         """Copies of the present values, float32."""
         return self._slots.read(self._parameters)
 
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What this holds in memory now: `adapter` (the parameters and the anchor), `gradients` and `optimiser` (its state)."""
+        parameters = list(self._parameters.values())
+        state = [value for entry in self._optimizer.state.values() for value in entry.values()]
+        return {
+            "adapter": [*parameters, *map(torch.from_numpy, self._anchor.values())],
+            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "optimiser": [value for value in state if isinstance(value, torch.Tensor)],
+        }
+
     def layer_norms(self) -> dict[int, float]:
         """L2 norm of the gradient of each layer's tensors together, as left by the last backward pass."""
         gradients: dict[int, list[torch.Tensor]] = defaultdict(list)

@@ -6,14 +6,13 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from sfl.adapters.layout import LoraSpec
@@ -22,6 +21,7 @@ from sfl.data.settings import Task
 from sfl.errors import AdapterError, ModelError
 from sfl.model.cut import DeviceHalf, EdgeHalf
 from sfl.model.families import Family, family_of, require_task
+from sfl.model.skeleton import build_skeleton
 
 _ADAPTER = "default"  # peft's own name for an only adapter
 
@@ -39,7 +39,7 @@ def resolve_targets(config: PretrainedConfig, lora: LoraSpec) -> LoraSpec:
             f"LoRA needs a rank of 1 or more, an alpha above 0 and a dropout from 0 to below 1, not {lora.rank}, {lora.alpha}"
             f" and {lora.dropout}"
         )
-    model = _skeleton(config)
+    model = build_skeleton(config, "classification")  # which every family has; its blocks are those of any task
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     first_block = f"{family.blocks}.0."
     inside = [name.removeprefix(first_block) for name in linear if name.startswith(first_block)]
@@ -55,14 +55,6 @@ def resolve_targets(config: PretrainedConfig, lora: LoraSpec) -> LoraSpec:
             if _matches(name, target):
                 raise ModelError(f"LoRA target '{target}' also matches '{name}' outside the blocks: give more of its path")
     return dataclasses.replace(lora, target_modules=targets)
-
-
-def _skeleton(config: PretrainedConfig) -> nn.Module:
-    """The model without weights. As a classifier, which every family has; its blocks are those of any task."""
-    auto: Any = AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(config)
-    return model
 
 
 def _default_targets(family: Family) -> tuple[str, ...]:
@@ -83,7 +75,7 @@ def inject_lora(half: DeviceHalf | EdgeHalf, lora: LoraSpec) -> AdapterSlots:
         raise ModelError("the LoRA targets are not resolved: call resolve_targets first")
     half.requires_grad_(False)
     for block in half.own_blocks.values():
-        _inject(block, lora, half.family)
+        _inject(block, lora)
         for _, layer in _lora_layers(block):
             for linear in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
                 shape, base = linear.get_parameter("weight").shape, layer.get_base_layer().get_parameter("weight")
@@ -94,13 +86,13 @@ def inject_lora(half: DeviceHalf | EdgeHalf, lora: LoraSpec) -> AdapterSlots:
     return AdapterSlots(half)
 
 
-def _inject(block: nn.Module, lora: LoraSpec, family: Family) -> None:
+def _inject(block: nn.Module, lora: LoraSpec) -> None:
     peft_config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft computes alpha / r, whatever the type
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
-        fan_in_fan_out=family.transposed_weights,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in block.modules()),  # its weight is (in, out)
     )
     # On the meta device: the weights come from an adapter, so peft need not draw any from the global generator.
     inject_adapter_in_model(peft_config, block, _ADAPTER, low_cpu_mem_usage=True)
@@ -194,10 +186,10 @@ def initial_adapter(config: PretrainedConfig, task: Task, lora: LoraSpec, head: 
     require_task(family, task)
     if bool(head) != (task == "classification"):
         raise AdapterError(f"an adapter for '{task}' starts {'without' if head else 'with'} a task head's values")
-    model = _skeleton(config)
+    model = build_skeleton(config, task)
     state: AdapterState = {}
     for index, block in enumerate(model.get_submodule(family.blocks).children()):
-        _inject(block, lora, family)
+        _inject(block, lora)
         for name, layer in _lora_layers(block):
             a, b = AdapterKey(index, name, "A"), AdapterKey(index, name, "B")
             state[a] = _kaiming(layer.lora_A[_ADAPTER].get_parameter("weight").shape, f"{seed}/{a}").numpy()

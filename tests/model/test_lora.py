@@ -104,7 +104,7 @@ def reference(
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM,
         r=lora.rank,
-        fan_in_fan_out=family.transposed_weights,
+        fan_in_fan_out=family.model_type == "gpt2",
         lora_alpha=int(lora.alpha),
         target_modules=list(lora.target_modules),
         modules_to_save=list(family.head) if task == "classification" else None,
