@@ -17,6 +17,7 @@ from sfl.wire.address import check_address
 
 Precision = Literal["fp32", "bf16", "int8", "nf4"]
 Compute = Literal["fp32", "bf16"]
+RunOn = Literal["cpu", "cuda"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Weights = Literal["frequency", "examples", "share"]
 
@@ -192,7 +193,7 @@ class WorkerSettings(DaemonSettings):
     compute: Compute | None = Field(
         None, description="number format of activations and gradients; left out: fp32 for an fp32 base, bf16 for the others"
     )
-    run_on: Literal["cpu", "cuda"] = Field("cpu", description="where the model computes")
+    run_on: RunOn = Field("cpu", description="where the model computes")
     wait_s: float = Field(60.0, gt=0, description="seconds to wait for a peer at the start")
     give_up_s: float = Field(300.0, gt=0, description="seconds to keep trying after a peer is lost")
     join_wait_s: float = Field(600.0, gt=0, description="seconds to wait until all expected devices have joined the federation")
@@ -208,6 +209,14 @@ class WorkerSettings(DaemonSettings):
 class EdgeSettings(WorkerSettings):
     """An edge server."""
 
+    provide: bool = Field(True, description="send devices that ask for it the base weights of their half, and the tokenizer")
+    cache: Path | None = Field(
+        None, description="folder for the halves that are provided; left out: sfl/edge in XDG_CACHE_HOME or ~/.cache"
+    )
+    cache_limit_mb: float = Field(
+        20_000.0, gt=0, description="most MB of halves that are kept; those not used for longest are removed first"
+    )
+
     name: Name = Field("edge", description="this daemon's name, its own in the federation")
     listen: Address = Field("127.0.0.1:7301", description="host:port to serve on")
     out: Path = Field(Path("out/edge"), description="folder for metrics.jsonl")
@@ -219,6 +228,16 @@ class EdgeSettings(WorkerSettings):
 
 class DeviceSettings(WorkerSettings):
     """A device."""
+
+    model: str | None = Field(  # type: ignore[assignment]  # the one setting that a device may leave to its edge
+        None,
+        min_length=1,
+        description="folder or hub id of the pretrained model; left out: the edge provides it, with task and LoRA settings",
+    )
+    cache: Path | None = Field(None, description="folder for a provided half; left out: sfl/device in XDG_CACHE_HOME or ~/.cache")
+    cache_limit_mb: float = Field(
+        4_000.0, gt=0, description="most MB of provided halves that are kept; those not used for longest are removed first"
+    )
 
     edge: Address = Field("127.0.0.1:7301", description="host:port of the edge server")
     out: Path = Field(Path("out/device"), description="folder for metrics.jsonl")
@@ -236,3 +255,4 @@ class DeviceSettings(WorkerSettings):
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="the local optimiser")
     shuffle: bool = Field(True, description="shuffle the training examples in each epoch; otherwise they keep their order")
     validation_batches: int = Field(4, ge=1, description="batches in a local validation")
+    profile: bool = Field(False, description="record where memory goes and write profile.json to `out`")

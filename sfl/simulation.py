@@ -136,7 +136,16 @@ def _edge(federation: Federation, settings: EdgeSettings, first: PreparedDevice,
     request = first.join_request()
     request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, settings.lowest_cut
     federation.join(member_from_wire(request))
-    half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.precision, seed=settings.seed)
+    half = load_edge_half(
+        settings.model,
+        settings.task,
+        settings.lowest_cut,
+        labels,
+        settings.precision,
+        settings.compute_format,
+        settings.run_on,
+        settings.seed,
+    )
     initial = initial_adapter(half.config, settings.task, first.lora, head_state(half), settings.seed)
     head = half.family.head if settings.task == "classification" else ()
     federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)

@@ -11,10 +11,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from sfl import __version__
+from sfl.cli.cache import app as cache
 from sfl.cli.daemons import PASS_ON, device, edge, fed
 from sfl.cli.demo import demo
 from sfl.cli.evaluate import evaluate
 from sfl.cli.generate import generate
+from sfl.cli.plan import plan
+from sfl.cli.profile import profile
 from sfl.errors import AdapterError, DataError, ModelError, SettingsError, SflError
 from sfl.telemetry import log
 
@@ -28,6 +31,9 @@ app.command(context_settings=PASS_ON)(edge)
 app.command(context_settings=PASS_ON)(device)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.add_typer(cache, name="cache")
+app.command()(profile)
+app.command()(plan)
 
 
 def _print_version(wanted: bool) -> None:

@@ -38,7 +38,7 @@ def run_plan(plan: Plan, console: Console, title: str = "") -> Summary:
     from sfl.evaluate import evaluate  # torch, only now: the daemons need the memory and the cores
 
     nothing = {"loss": None, "count": 0, "accuracy": None, "f1_macro": None, "classes": None}
-    central = evaluate(cluster.devices[0].model, adapter, test).as_dict() if test else nothing
+    central = evaluate(cluster.edges[0].model, adapter, test).as_dict() if test else nothing
     summary = {
         "sfl": __version__,
         **summary,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.prepare import PreparedDevice
+from sfl.device.provision import provided
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
 from sfl.model.local_adapter import LocalAdapter
@@ -16,12 +19,19 @@ from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.wire.federation import FederationClient
 
+if TYPE_CHECKING:
+    from sfl.profiling.recorder import Recorder
 
-def run(settings: DeviceSettings) -> None:
-    """Take part in one federated run. Raises the `SflError` that ends it early; what was submitted until then counts."""
+
+def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
+    """Take part in one federated run. Raises the `SflError` that ends it early; what was submitted until then counts.
+
+    A `recorder` that is recording is told what to look at.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(dropout_seed(settings.seed, settings.name, "device"))
+    settings = provided(settings)
     device = PreparedDevice.of(settings)
     federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
     try:
@@ -37,6 +47,8 @@ def run(settings: DeviceSettings) -> None:
         try:
             with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
                 metrics.write("start", name=settings.name, cut=settings.cut, steps=settings.steps, **device.sizes())
+                if recorder is not None:
+                    recorder.observe(half, adapter, link.traffic, count_in_step=2)
                 trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch)
                 traffic = (link.traffic, federation.traffic)
                 training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from sfl.adapters.layout import LoraSpec
+from sfl.allocator import map_large_blocks
 from sfl.data.batches import Batches, Encoded, eval_batches, tokenise
 from sfl.data.example import Example
 from sfl.data.labels import LabelSet
 from sfl.data.load import load_splits
 from sfl.data.split import Splits
 from sfl.device.run import RunPlan
+from sfl.errors import SettingsError
 from sfl.model.cut import DeviceHalf, check_cut
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.halves import load_device_half
@@ -31,6 +33,7 @@ class PreparedDevice:
     """A device's settings, checked against its model, and its data."""
 
     settings: DeviceSettings
+    model: str
     lora: LoraSpec
     optimizer: OptimizerSpec
     fingerprint: str
@@ -39,13 +42,17 @@ class PreparedDevice:
 
     @classmethod
     def of(cls, settings: DeviceSettings) -> PreparedDevice:
-        """Raises `ModelError` or `DataError` for what cannot work."""
-        config = load_config(settings.model)
+        """Raises `SettingsError`, `ModelError` or `DataError` for what cannot work."""
+        model = settings.model
+        if model is None:
+            raise SettingsError("model is not set: name a folder or a hub id, or have an edge server provide it")
+        config = load_config(model)
         check_cut(config, settings.cut)
         check_max_length(config, settings.max_length)
         optimizer = settings.optimizer
         return cls(
             settings=settings,
+            model=model,
             lora=resolve_targets(config, settings.lora.spec()),
             optimizer=OptimizerSpec(
                 optimizer.name,
@@ -53,7 +60,7 @@ class PreparedDevice:
                 optimizer.weight_decay,
                 decay_steps=settings.steps if optimizer.schedule == "linear" else 0,
             ),
-            fingerprint=model_fingerprint(settings.model),
+            fingerprint=model_fingerprint(model),
             splits=load_splits(settings.data, settings.task),
             session=f"{settings.name}-{secrets.token_hex(4)}",
         )
@@ -65,7 +72,7 @@ class PreparedDevice:
             name=settings.name,
             role=federation_pb2.DEVICE,
             task=settings.task,
-            base_model=settings.model,
+            base_model=self.model,
             model_fingerprint=self.fingerprint,
             lora=lora_to_wire(self.lora),
             cut=settings.cut,
@@ -99,7 +106,8 @@ class PreparedDevice:
     def load_half(self) -> tuple[DeviceHalf, AdapterSlots]:
         """The device's half of the base, with LoRA in its blocks. Raises `ModelError` as `load_device_half` does."""
         settings = self.settings
-        half = load_device_half(str(settings.model), settings.cut, settings.precision)
+        map_large_blocks()
+        half = load_device_half(self.model, settings.cut, settings.precision, settings.compute_format, settings.run_on)
         slots = inject_lora(half, self.lora)
         if settings.checkpointing:
             recompute_blocks(half)
@@ -108,7 +116,7 @@ class PreparedDevice:
     def plan(self, labels: Sequence[str]) -> RunPlan:
         """The run, with the data as tokens; `labels` are the classes that all devices agreed on."""
         settings = self.settings
-        tokenizer = load_tokenizer(settings.model)
+        tokenizer = load_tokenizer(self.model)
         classes = LabelSet(tuple(labels)) if settings.task == "classification" else None
 
         def encode(examples: Sequence[Example]) -> Encoded:

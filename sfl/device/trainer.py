@@ -13,6 +13,7 @@ from sfl.adapters.state import AdapterState
 from sfl.allocator import release_freed_memory
 from sfl.data.batches import Batch
 from sfl.errors import WireError
+from sfl.model.backward import backward_from
 from sfl.model.cut import DeviceHalf
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.metrics import accuracy, macro_f1
@@ -87,7 +88,7 @@ class DeviceTrainer:
                 f" {self.adapter.version} was asked"
             )
         with phase("backward"):
-            torch.autograd.backward(activation, result.gradient)
+            backward_from(activation, result.gradient)
         with phase("step"):
             norms = result.layer_norms | self.adapter.layer_norms()
             self.adapter.step()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Coroutine
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState
+from sfl.cache.cache import HalfCache, default_folder
 from sfl.edge_server.engine import EdgeEngine
+from sfl.edge_server.gate import Gate
+from sfl.edge_server.packing import packable, packer
+from sfl.edge_server.provisioning import ProvisioningService
 from sfl.edge_server.service import SplitService
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ORDERS, ComputeWorker
+from sfl.errors import SflError
 from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.halves import load_edge_half
@@ -24,10 +30,17 @@ from sfl.model.lora import AdapterSlots, head_state, initial_adapter, inject_lor
 from sfl.settings import EdgeSettings
 from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1 import federation_pb2
+from sfl.v1.provision_pb2_grpc import add_ProvisioningServicer_to_server
 from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
 from sfl.wire.adapters import lora_to_wire
 from sfl.wire.channel import check_listen, serve, stop
 from sfl.wire.federation import FederationClient
+from sfl.wire.provision import Description
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Result = TypeVar("Result")
 
 _GRACE_S = 2.0  # for open streams when the server stops
 
@@ -35,66 +48,101 @@ _GRACE_S = 2.0  # for open streams when the server stops
 def run(settings: EdgeSettings) -> None:
     """Serve devices until SIGTERM or SIGINT. Raises the `SflError` that keeps the edge from serving.
 
-    Until all members have agreed everything happens here, in the main thread, where a signal ends any waiting at once.
+    Until the federation has been joined everything happens here, in the main thread, where a signal ends any waiting at once.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     check_listen(settings.listen)
-    lora = resolve_targets(load_config(settings.model), settings.lora.spec())
+    config = load_config(settings.model)
+    lora = resolve_targets(config, settings.lora.spec())
     fingerprint = model_fingerprint(settings.model)
     federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
     try:
         federation.join(_join_request(settings, lora, fingerprint))
-        agreement = federation.agreement(settings.join_wait_s)
         worker = ComputeWorker(ORDERS[settings.order])
         try:
-            asyncio.run(_run(settings, lora, fingerprint, list(agreement.labels), federation, worker))
+            asyncio.run(_run(settings, _description(settings, config, lora, fingerprint), federation, worker))
         finally:
             worker.stop()
     finally:
         federation.close()
 
 
-async def _run(
-    settings: EdgeSettings,
-    lora: LoraSpec,
-    fingerprint: str,
-    labels: list[str],
-    federation: FederationClient,
-    worker: ComputeWorker,
-) -> None:
+async def _run(settings: EdgeSettings, described: Description, federation: FederationClient, worker: ComputeWorker) -> None:
+    """From the first moment on devices are given what they lack, as they need it to join; they train once all have agreed."""
     told = _stop_signals()
     server, address = serve(settings.listen)
-    # On the worker's thread, which is the only one that computes: see SplitService.
-    loaded = worker.submit(settings.lowest_cut, partial(_load, settings, lora, labels))
-    half, slots, initial = await asyncio.wrap_future(loaded)
-    engine = EdgeEngine(half, slots, settings.task, lora, fingerprint)
+    gate = Gate()
+    add_SplitTrainingServicer_to_server(gate, server)
     with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
-        service = SplitService(
-            engine, worker, EdgeVersions(federation, settings.lowest_cut), federation, metrics, settings.give_up_s
-        )
-        add_SplitTrainingServicer_to_server(service, server)
+        provisioning = _provisioning(settings, described, metrics)
+        if settings.provide:
+            add_ProvisioningServicer_to_server(provisioning, server)
         await server.start()
         log.info("edge server %s listens on %s", settings.name, address)
+        service: SplitService | None = None
         try:
+            agreement = await _unless(told, asyncio.to_thread(federation.agreement, settings.join_wait_s))
+            if agreement is None:
+                raise SflError(f"edge server {settings.name} was told to stop before all members had agreed")
+            # On the worker's thread, which is the only one that computes: see SplitService.
+            loaded = worker.submit(settings.lowest_cut, partial(_load, settings, described.lora, list(agreement.labels)))
+            half, slots, initial = await asyncio.wrap_future(loaded)
+            engine = EdgeEngine(half, slots, settings.task, described.lora, described.fingerprint)
+            versions = EdgeVersions(federation, settings.lowest_cut)
+            service = SplitService(engine, worker, versions, federation, metrics, settings.give_up_s)
+            gate.open(service)
             await _unless(told, asyncio.to_thread(_propose, federation, _proposal(settings, half), initial))
             await told.wait()
         finally:
+            if service is None:
+                federation.close()  # nothing of a device is on its way to it
+            await provisioning.close()
             await stop(server, _GRACE_S)
             federation.close()  # or the loop would wait for calls that are still tried again
             log.info("edge server %s has stopped", settings.name)
-            metrics.write(
-                "end",
-                steps=service.steps,
-                bytes_received=service.traffic.received + federation.traffic.received,
-                bytes_sent=service.traffic.sent + federation.traffic.sent,
-                peak_rss_mb=round(peak_rss_mb(), 1),
-            )
+            if service is not None:
+                metrics.write(
+                    "end",
+                    steps=service.steps,
+                    bytes_received=service.traffic.received + federation.traffic.received,
+                    bytes_sent=service.traffic.sent + federation.traffic.sent,
+                    bytes_provided=provisioning.bytes_sent,
+                    peak_rss_mb=round(peak_rss_mb(), 1),
+                )
+
+
+def _description(settings: EdgeSettings, config: PretrainedConfig, lora: LoraSpec, fingerprint: str) -> Description:
+    return Description(
+        edge=settings.name,
+        base_model=settings.model,
+        fingerprint=fingerprint,
+        task=settings.task,
+        lora=lora,
+        lowest_cut=settings.lowest_cut,
+        num_layers=config.num_hidden_layers,
+        precisions=packable(),
+        config=json.loads(config.to_json_string()),
+    )
+
+
+def _provisioning(settings: EdgeSettings, described: Description, metrics: MetricsWriter) -> ProvisioningService:
+    cache = HalfCache(settings.cache or default_folder("edge"), settings.cache_limit_mb)
+    return ProvisioningService(described, cache, packer(settings.model), metrics)
 
 
 def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterSlots, AdapterState]:
     """The edge's half of the base, where its adapters go, and version 0 as this edge would begin."""
-    half = load_edge_half(settings.model, settings.task, settings.lowest_cut, labels, settings.precision, seed=settings.seed)
+    half = load_edge_half(
+        settings.model,
+        settings.task,
+        settings.lowest_cut,
+        labels,
+        settings.precision,
+        settings.compute_format,
+        settings.run_on,
+        settings.seed,
+    )
     initial = initial_adapter(half.config, settings.task, lora, head_state(half), settings.seed)
     return half, inject_lora(half, lora), initial
 
@@ -133,10 +181,10 @@ def _stop_signals() -> asyncio.Event:
     return told
 
 
-async def _unless(told: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
-    """Wait for `work`, whose error is raised, but no longer than until `told`."""
+async def _unless(told: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` returns or raises; None if it is `told` first."""
     working, telling = asyncio.create_task(work), asyncio.create_task(told.wait())
     await asyncio.wait({working, telling}, return_when=asyncio.FIRST_COMPLETED)
     telling.cancel()
-    if working.done():
-        working.result()
+    working.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio reports one that nobody awaits
+    return working.result() if working.done() else None

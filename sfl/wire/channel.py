@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -149,3 +150,26 @@ def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callab
             log.warning("%s; trying again in %.1f s", failure, pause)
         sleep(pause * random.uniform(0.8, 1.2))
         pause = min(pause * 2, 5.0)
+
+
+def until_silent(call: Any, peer: str, silence_s: float = SILENCE_S) -> Iterator[Any]:
+    """The messages of a stream, which is cancelled `silence_s` after the last one: a peer sends heartbeats far more often.
+
+    Raises `grpc.RpcError` when the stream breaks and `UnreachableError` when it was cancelled.
+    """
+    while True:
+        timer = threading.Timer(silence_s, call.cancel)
+        timer.daemon = True
+        timer.start()
+        began = time.monotonic()
+        try:
+            message = next(call, None)
+        except grpc.RpcError:
+            if time.monotonic() - began >= silence_s:
+                raise UnreachableError(f"{peer} was silent for {silence_s:g} s") from None
+            raise
+        finally:
+            timer.cancel()
+        if message is None:
+            return
+        yield message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
@@ -15,7 +15,7 @@ from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.wire.adapters import from_tensors, to_tensors
-from sfl.wire.channel import SILENCE_S, dial, error_from, retry
+from sfl.wire.channel import SILENCE_S, dial, error_from, retry, until_silent
 from sfl.wire.frames import Assembler, Traffic, frames
 
 PEER = "the federation server"
@@ -159,7 +159,7 @@ class FederationClient:
             try:
                 if again:
                     self._stub.Join(self._request, timeout=CALL_S)
-                for event in _until_silent(self._stub.Watch(pb.WatchRequest(name=self._name))):
+                for event in until_silent(self._stub.Watch(pb.WatchRequest(name=self._name)), PEER, SILENCE_S):
                     heard = time.monotonic()
                     self._take(event)
                 failure: SflError = UnreachableError(f"{PEER} ended the watch")
@@ -197,26 +197,3 @@ class FederationClient:
                 self._newest = event.finished.version
                 self._finished = True
             self._changed.notify_all()
-
-
-def _until_silent(call: Any) -> Iterator[pb.Event]:
-    """The events of a watch, which is cancelled `SILENCE_S` after the last one: the server sends heartbeats far more often.
-
-    Raises `grpc.RpcError` when the stream breaks and `UnreachableError` when it was cancelled.
-    """
-    while True:
-        timer = threading.Timer(SILENCE_S, call.cancel)
-        timer.daemon = True
-        timer.start()
-        began = time.monotonic()
-        try:
-            event = next(call, None)
-        except grpc.RpcError:
-            if time.monotonic() - began >= SILENCE_S:
-                raise UnreachableError(f"{PEER} was silent for {SILENCE_S:g} s") from None
-            raise
-        finally:
-            timer.cancel()
-        if event is None:
-            return
-        yield event

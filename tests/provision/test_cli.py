@@ -1,0 +1,93 @@
+"""`sfl cache`: what is kept, as a table and as JSON, and how it is cleared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sfl.cache.cache import HalfCache
+from sfl.cache.edges import KnownEdges, Provided
+from sfl.cache.key import HalfKey
+from sfl.cache.manifest import Manifest
+from sfl.cli.cache import app
+from sfl.errors import SettingsError
+from tests.provision.made import FINGERPRINT, OTHER, write_half
+
+KEYS = (HalfKey(FINGERPRINT, 1, "int8"), HalfKey(FINGERPRINT, 2, "fp32"), HalfKey(OTHER, 1, "nf4"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfCache:
+    """The default one of devices, with two models, of which "one:1" and "two:2" have provided the second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = HalfCache(tmp_path / "sfl" / "device", 0)
+    for key in KEYS:
+        folder = cache.begin(key)
+        write_half(folder, key, 2_000_000)
+        cache.finish(key, Manifest.of(folder))
+    for address in ("one:1", "two:2"):
+        KnownEdges(cache.folder).remember(address, Provided("models/other", OTHER))
+    return cache
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0
+    return result.output
+
+
+def kept(cache: HalfCache) -> set[HalfKey]:
+    return {entry.key for entry in cache.entries()}
+
+
+def test_the_list_says_what_is_kept(cache: HalfCache) -> None:
+    cache.begin(KEYS[0])
+    with cache.wait_for_lock(KEYS[2], 1, shared=True):
+        rows = {(row["fingerprint"], row["cut"]): row for row in json.loads(run("list", "--json"))}
+        table = run("list")
+    assert rows.keys() == {(key.fingerprint, key.cut) for key in KEYS}
+    states = [rows[key.fingerprint, key.cut]["state"] for key in KEYS]
+    assert states == ["broken off", "complete", "complete, in use"]
+    row = rows[OTHER, 1]
+    assert (row["precision"], row["model"], row["folder"]) == ("nf4", "models/other", str(cache.folder))
+    assert 2_000_000 < row["bytes"] < 2_010_000
+    assert "models/other" in table and FINGERPRINT[:12] in table and "3 halves, 6.0 MB" in table
+
+
+def test_a_model_is_cleared_by_the_beginning_of_its_fingerprint(cache: HalfCache) -> None:
+    assert run("clear", FINGERPRINT[:6]) == "cleared 2 halves, 4.0 MB\n"
+    assert kept(cache) == {KEYS[2]}
+    assert not (cache.folder / FINGERPRINT).exists()
+
+
+def test_everything_is_cleared_but_what_is_in_use(cache: HalfCache) -> None:
+    with cache.wait_for_lock(KEYS[0], 1, shared=True):
+        assert "cut 1 in int8 of model aaaaaaaaaaaa is in use and stays" in run("clear", "--all")
+    assert kept(cache) == {KEYS[0]}
+    assert KnownEdges(cache.folder).all() == {}
+
+
+def test_the_model_of_an_edge_goes_with_the_last_edge_that_provided_it(cache: HalfCache) -> None:
+    assert run("clear", "--edge", "three:3").startswith("cleared 0 halves")
+    assert run("clear", "--edge", "one:1").startswith("cleared 0 halves")
+    assert KnownEdges(cache.folder).all().keys() == {"two:2"} and kept(cache) == set(KEYS)
+    assert run("clear", "--edge", "two:2").startswith("cleared 1 halves")
+    assert kept(cache) == set(KEYS[:2])
+
+
+def test_another_folder_is_looked_at_instead(cache: HalfCache, tmp_path: Path) -> None:
+    assert run("clear", "--all", "--cache", str(tmp_path / "none")).startswith("cleared 0 halves")
+    assert json.loads(run("list", "--json", "--cache", str(tmp_path / "none"))) == []
+    assert kept(cache) == set(KEYS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all", "abc"], ["--all", "--edge", "one:1"]])
+def test_what_to_clear_must_be_said_once(cache: HalfCache, arguments: list[str]) -> None:
+    with pytest.raises(SettingsError, match="say what to clear"):
+        run("clear", *arguments)
+    assert kept(cache) == set(KEYS)
