@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 log = logging.getLogger("sfl")
+_peak_before_restart = 0.0  # MB
 
 
 def configure_logging(level: str = "INFO") -> None:
@@ -26,6 +27,11 @@ def configure_logging(level: str = "INFO") -> None:
 
 def peak_rss_mb() -> float:
     """Highest resident memory of this process so far, in MB (10**6 bytes)."""
+    return max(_peak_before_restart, peak_since_restart_mb())
+
+
+def peak_since_restart_mb() -> float:
+    """Highest resident memory since `restart_peak` last did so, or since the start, in MB."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -34,6 +40,18 @@ def peak_rss_mb() -> float:
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return kilobytes * unit / 1e6
+
+
+def restart_peak() -> bool:
+    """Have the kernel count the peak anew from here; whether it could be asked to. `peak_rss_mb` keeps the whole one."""
+    global _peak_before_restart
+    highest = peak_rss_mb()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    _peak_before_restart = highest
+    return True
 
 
 class MetricsWriter:

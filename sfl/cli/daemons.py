@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 
 from sfl.cli.load_settings import as_toml, load, split_options
+from sfl.model.lean_imports import lean_imports
+from sfl.phases import phase
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings
 from sfl.telemetry import configure_logging
 
@@ -27,18 +29,31 @@ def fed(context: typer.Context) -> None:
 def edge(context: typer.Context) -> None:
     """Run an edge server: the deeper blocks, once for all its devices."""
     settings = _settings(EdgeSettings, context)
-    _rest_between_steps()
+    rest_between_steps()
+    lean_imports()
     import_module("sfl.edge_server.daemon").run(settings)
 
 
 def device(context: typer.Context) -> None:
     """Run a device: its data, the embeddings and the first blocks."""
     settings = _settings(DeviceSettings, context)
-    _rest_between_steps()
-    import_module("sfl.device.daemon").run(settings)
+    rest_between_steps()
+    if not settings.profile:
+        _import_device().run(settings)
+        return
+    from sfl.profiling.daemon import recorded
+
+    with recorded(settings) as recorder:
+        _import_device().run(settings, recorder)
 
 
-def _rest_between_steps() -> None:
+def _import_device() -> Any:
+    with phase("import"):
+        lean_imports()
+        return import_module("sfl.device.daemon")
+
+
+def rest_between_steps() -> None:
     """Keep OpenMP's threads from spinning when a half has computed: they would take the cores from the other half or the wire.
 
     Read when torch is loaded, so it comes before. Whoever sets either variable keeps that.

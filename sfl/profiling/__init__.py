@@ -1,0 +1,1 @@
+"""Where each megabyte goes: a device half profiled in this process, or any running process from outside."""
