@@ -5,8 +5,8 @@
 
 Needs a Docker engine (DOCKER_HOST) and an image with this machine's C library; this environment and checkout are mounted into
 it. The device has a copy of the environment and its own provisioned half, evicted from the page cache before each run, so that
-every file page it touches is charged to its container. To find the smallest limits the edge's model ends 2 blocks above the
-deepest cut, which a device does not notice. MB are 10**6 bytes; the search ends at steps of `--step` MB.
+every file page it touches is charged to its container. To find the smallest limits, with 3 steps each, the edge's model ends 2
+blocks above the deepest cut, which a device does not notice. MB are 10**6 bytes; the search ends at steps of `--step` MB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from shapes import make_model, write_texts
 
 ROOT = Path(__file__).parents[1]
-BATCH, LENGTH, STEPS = 4, 128, 10
+BATCH, LENGTH, STEPS, SEARCH_STEPS = 4, 128, 10, 3
 LOWEST, HIGHEST = 160, 1200  # MB between which the smallest container is looked for
 EVICT = """
 import os, sys
@@ -74,8 +74,10 @@ class Yard:
             docker("rm", "-f", f"{self.network}-{name}", check=False)
         docker("network", "rm", self.network, check=False)
 
-    def train(self, model: Path, cut: int, precision: str, micro_batch: int, limit_mb: int | None) -> dict[str, object]:
-        """One run of `STEPS` steps; what the device reported at its end, or why it has none."""
+    def train(
+        self, model: Path, cut: int, precision: str, micro_batch: int, limit_mb: int | None, steps: int
+    ) -> dict[str, object]:
+        """One run of `steps` steps; what the device reported at its end, or why it has none."""
         names = {role: f"{self.network}-{role}" for role in ("fed", "edge", "device")}
         out = self.folder / f"run-{uuid.uuid4().hex[:6]}"
         cache = self.folder / "cache"
@@ -89,7 +91,7 @@ class Yard:
         self.evict(self.environment, cache)
         self.start(
             names["device"], "device", "--name", "device", "--federation", federation, "--edge", edge, "--cut", cut,
-            "--precision", precision, "--cache", cache, "--steps", STEPS, "--batch-size", BATCH, "--max-length", LENGTH,
+            "--precision", precision, "--cache", cache, "--steps", steps, "--batch-size", BATCH, "--max-length", LENGTH,
             "--micro-batch", micro_batch, "--threads", 1, "--data.path", self.folder / "texts.txt", "--out", out / "device",
             flags=limits, environment=self.environment,
         )  # fmt: skip
@@ -111,18 +113,18 @@ class Yard:
 
 def smallest(yard: Yard, model: Path, cut: int, precision: str, micro_batch: int, step_mb: int) -> tuple[int, float]:
     """MB of the smallest container, and the peak without a limit; ends this process where the run fails without one."""
-    free = yard.train(model, cut, precision, micro_batch, None)
+    free = yard.train(model, cut, precision, micro_batch, None, SEARCH_STEPS)
     if "failed" in free:
         sys.exit(f"cut {cut}, {precision}, without a limit: {free['failed']}")
     peak = float(str(free["peak_rss_mb"]))
     works = (int(peak) // step_mb + 2) * step_mb
-    while "failed" in yard.train(model, cut, precision, micro_batch, works):
+    while "failed" in yard.train(model, cut, precision, micro_batch, works, SEARCH_STEPS):
         works += 2 * step_mb
     fails = LOWEST
     while works - fails > step_mb:
         # Near the peak first: file pages can be evicted, so the smallest is some way below it, not half.
         middle = max((works + fails) // 2, works - 4 * step_mb) // step_mb * step_mb
-        if "failed" in yard.train(model, cut, precision, micro_batch, middle):
+        if "failed" in yard.train(model, cut, precision, micro_batch, middle, SEARCH_STEPS):
             fails = middle
         else:
             works = middle
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("--cuts", default="1,2,4")
     parser.add_argument("--precisions", default="fp32,bf16,int8,nf4")
     parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--step", type=int, default=16, help="MB to which the smallest container is found")
+    parser.add_argument("--step", type=int, default=32, help="MB to which the smallest container is found")
     parser.add_argument("--limit", type=int, help="MB: one run for each cut and precision inside this limit, no search")
     parser.add_argument("--image", default="python:3.11-slim-bookworm")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "models", help="where models are kept")
@@ -144,7 +146,7 @@ def main() -> None:
     layers = None if args.limit else max(cuts) + 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_texts(folder / "texts.txt", 100, LENGTH)
+        write_texts(folder / "texts.txt", 60, LENGTH)
         model = make_model(args.shape, args.models / (args.shape if layers is None else f"{args.shape}-{layers}"), layers=layers)
         (folder / "model").symlink_to(model)
         subprocess.run(["cp", "-aL", model, folder / "base"], check=True)
@@ -154,8 +156,8 @@ def main() -> None:
                 for precision in args.precisions.split(","):
                     started = time.monotonic()
                     if args.limit:
-                        yard.train(folder / "base", cut, precision, args.micro_batch, None)  # provisions the device
-                        result = yard.train(folder / "base", cut, precision, args.micro_batch, args.limit)
+                        yard.train(folder / "base", cut, precision, args.micro_batch, None, 1)  # provisions the device
+                        result = yard.train(folder / "base", cut, precision, args.micro_batch, args.limit, STEPS)
                         shown = (
                             result.get("failed")
                             or f"{STEPS} steps, peak RSS {result['peak_rss_mb']} MB, losses {result['losses']}"

@@ -45,10 +45,11 @@ def servers(folder: Path, model: Path, devices: int = 1, edge_flags: tuple[str, 
 
 
 def device_command(servers: Servers, model: str, out: Path, data: Path, **settings: object) -> list[str]:
-    """`sfl device` with `settings` (underscores for hyphens) against `servers`."""
+    """`sfl device` with `settings` (underscores for hyphens) against `servers`, as where memory is short."""
     fixed = {"name": "device", "model": model, "federation": servers.fed, "edge": servers.edge, "out": out, "data.path": data}
     flags = {**fixed, **settings}
-    return [*SFL, "device", *(word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value)))]
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [*SFL, "device", "--tight-memory", *words]
 
 
 def end_of(out: Path) -> dict[str, Any]:

@@ -241,7 +241,13 @@ class DeviceSettings(WorkerSettings):
 
     edge: Address = Field("127.0.0.1:7301", description="host:port of the edge server")
     out: Path = Field(Path("out/device"), description="folder for metrics.jsonl")
-    cut: int = Field(1, ge=1, description="cut layer: number of blocks that run on the device")
+    cut: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="cut layer: number of blocks that run on the device; auto: as `sfl plan` recommends for its free memory"
+    )
+    tight_memory: bool | None = Field(
+        None,
+        description="give freed memory back to the system at once, for slower steps; left out: where less than 2000 MB are free",
+    )
     data: DataSettings = Field(description="the device's own data")
     batch_size: int = Field(8, ge=1, description="examples in a step")
     micro_batch: int = Field(

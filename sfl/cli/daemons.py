@@ -39,12 +39,20 @@ def device(context: typer.Context) -> None:
     settings = _settings(DeviceSettings, context)
     rest_between_steps()
     if not settings.profile:
+        settings = _provided(settings)
         _import_device().run(settings)
         return
     from sfl.profiling.daemon import recorded
 
     with recorded(settings) as recorder:
+        settings = _provided(settings)
         _import_device().run(settings, recorder)
+
+
+def _provided(settings: DeviceSettings) -> DeviceSettings:
+    with phase("provision"):
+        settled: DeviceSettings = import_module("sfl.device.provision").provided(settings)
+        return settled
 
 
 def _import_device() -> Any:

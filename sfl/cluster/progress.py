@@ -23,7 +23,7 @@ class DeviceProgress:
     """One device as its metrics show it; `loss` is smoothed, None before the first step."""
 
     name: str
-    cut: int
+    cut: str
     steps: int
     state: str = "starting"
     step: int = 0
@@ -56,7 +56,7 @@ class Progress:
     """
 
     def __init__(self, cluster: Cluster, console: Console) -> None:
-        self.devices = [DeviceProgress(device.name, device.cut, device.steps) for device in cluster.devices]
+        self.devices = [DeviceProgress(device.name, str(device.cut), device.steps) for device in cluster.devices]
         self.version = 0
         self._devices = [Follower(cluster.metrics(device.name)) for device in cluster.devices]
         self._fed = Follower(cluster.metrics(cluster.fed.name))
@@ -106,7 +106,7 @@ class Progress:
         for device in self.devices:
             table.add_row(
                 device.name,
-                str(device.cut),
+                device.cut,
                 ProgressBar(total=device.steps, completed=device.step, width=20),
                 f"{device.step}/{device.steps}",
                 _number(device.loss),

@@ -8,7 +8,6 @@ import torch
 
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.prepare import PreparedDevice
-from sfl.device.provision import provided
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
 from sfl.model.local_adapter import LocalAdapter
@@ -31,7 +30,6 @@ def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(dropout_seed(settings.seed, settings.name, "device"))
-    settings = provided(settings)
     device = PreparedDevice.of(settings)
     federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
     try:
@@ -42,14 +40,14 @@ def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
         with phase("load"):
             half, slots = device.load_half()
         version = federation.version(0, settings.join_wait_s)
-        adapter = LocalAdapter(slots, federation.fetch(version, 0, settings.cut), settings.cut, version, device.optimizer)
+        adapter = LocalAdapter(slots, federation.fetch(version, 0, device.cut), device.cut, version, device.optimizer)
         link = GrpcEdgeLink(settings.edge, device.session_request(version), settings.wait_s, settings.give_up_s)
         try:
             with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
-                metrics.write("start", name=settings.name, cut=settings.cut, steps=settings.steps, **device.sizes())
+                metrics.write("start", name=settings.name, cut=device.cut, steps=settings.steps, **device.sizes())
                 if recorder is not None:
                     recorder.observe(half, adapter, link.traffic, count_in_step=2)
-                trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch)
+                trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch, bool(settings.tight_memory))
                 traffic = (link.traffic, federation.traffic)
                 training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic)
                 _train(training, trainer, agreement.policy, federation, settings.give_up_s)

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from sfl.adapters.layout import LoraSpec
 from sfl.allocator import map_large_blocks
@@ -47,7 +48,7 @@ class PreparedDevice:
         if model is None:
             raise SettingsError("model is not set: name a folder or a hub id, or have an edge server provide it")
         config = load_config(model)
-        check_cut(config, settings.cut)
+        check_cut(config, _number(settings.cut))
         check_max_length(config, settings.max_length)
         optimizer = settings.optimizer
         return cls(
@@ -75,7 +76,7 @@ class PreparedDevice:
             base_model=self.model,
             model_fingerprint=self.fingerprint,
             lora=lora_to_wire(self.lora),
-            cut=settings.cut,
+            cut=self.cut,
             examples=len(self.splits.train),
             labels=self.splits.labels if settings.task == "classification" else (),
             columns=self.splits.columns,
@@ -94,7 +95,7 @@ class PreparedDevice:
             session=self.session,
             device=settings.name,
             task=settings.task,
-            cut=settings.cut,
+            cut=self.cut,
             version=version,
             model_fingerprint=self.fingerprint,
             lora=self.lora,
@@ -103,11 +104,17 @@ class PreparedDevice:
             dtype=settings.compute_format,
         )
 
+    @property
+    def cut(self) -> int:
+        """The cut layer. Raises `SettingsError` while it is still to be chosen."""
+        return _number(self.settings.cut)
+
     def load_half(self) -> tuple[DeviceHalf, AdapterSlots]:
         """The device's half of the base, with LoRA in its blocks. Raises `ModelError` as `load_device_half` does."""
         settings = self.settings
-        map_large_blocks()
-        half = load_device_half(self.model, settings.cut, settings.precision, settings.compute_format, settings.run_on)
+        if settings.tight_memory:
+            map_large_blocks()
+        half = load_device_half(self.model, self.cut, settings.precision, settings.compute_format, settings.run_on)
         slots = inject_lora(half, self.lora)
         if settings.checkpointing:
             recompute_blocks(half)
@@ -126,9 +133,15 @@ class PreparedDevice:
         return RunPlan(
             device=settings.name,
             session=self.session,
-            cut=settings.cut,
+            cut=self.cut,
             steps=settings.steps,
             batches=Batches(train, settings.batch_size, shuffle=settings.shuffle, seed=settings.seed),
             validation=partial(eval_batches, validation, settings.batch_size, settings.validation_batches * settings.batch_size),
             test=partial(eval_batches, test, settings.batch_size),
         )
+
+
+def _number(cut: int | Literal["auto"]) -> int:
+    if cut == "auto":
+        raise SettingsError("a device's cut is chosen before it is prepared: see sfl.device.fit")
+    return cut

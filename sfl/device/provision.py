@@ -17,6 +17,7 @@ from sfl.cache.edges import KnownEdges, Provided
 from sfl.cache.key import HalfKey
 from sfl.cache.lock import FileLock
 from sfl.cache.manifest import Gap, Manifest
+from sfl.device.fit import fitted
 from sfl.errors import ModelError, SettingsError, UnreachableError, WireError
 from sfl.settings import DeviceSettings, LoraSettings
 from sfl.telemetry import MetricsWriter, log
@@ -32,15 +33,17 @@ _in_use: list[FileLock] = []  # until this process ends or releases them, so tha
 
 
 def provided(settings: DeviceSettings) -> DeviceSettings:
-    """The same settings where they name a model. Otherwise those of the edge server's description, the model being this
-    device's half in the cache, fetched as far as it was not there.
+    """The settings in force, before anything large is imported: `fitted` to this machine's memory.
+
+    Where they name no model, task and LoRA settings are those of the edge server's description, and the model is this device's
+    half in the cache, fetched as far as it was not there.
 
     Raises `SettingsError` where the settings contradict the edge's, for a cut it cannot have, a disk that is full or a half
     above `cache_limit_mb`; `ModelError` when the edge server provides another model than before; `RefusedError` and
     `UnreachableError` as the edge answers or does not, the latter after `give_up_s` seconds without a byte.
     """
     if settings.model is not None:
-        return settings
+        return fitted(settings, settings.model)
     started = time.monotonic()
     cache = HalfCache(settings.cache or default_folder("device"), settings.cache_limit_mb)
     client = ProvisioningClient(settings.edge, settings.name, settings.wait_s)
@@ -49,7 +52,8 @@ def provided(settings: DeviceSettings) -> DeviceSettings:
         log.info("edge server %s trains %s, %s", description.edge, description.base_model, description.task)
         lora = _agreed_lora(settings, description)
         _require_task(settings, description)
-        cut = decide_cut(settings, description)
+        settings = with_cut(settings.model_copy(update={"task": description.task, "lora": lora}), description)
+        cut = int(settings.cut)
         _require_same_model(settings.edge, description, cache)
         key = HalfKey(description.fingerprint, cut, settings.precision)
         size, fetched = _Fetch(client, cache, key, settings).whole()
@@ -68,12 +72,12 @@ def provided(settings: DeviceSettings) -> DeviceSettings:
             bytes_cached=size - fetched,
             seconds=round(seconds, 3),
         )
-    return settings.model_copy(update={"model": str(cache.model(key)), "task": description.task, "lora": lora, "cut": cut})
+    return settings.model_copy(update={"model": str(cache.model(key))})
 
 
-def decide_cut(settings: DeviceSettings, description: Description) -> int:
-    """The cut layer of this device, from what the edge says of the model. Raises `SettingsError` for one that cannot be."""
-    if not description.lowest_cut <= settings.cut < description.num_layers:
+def with_cut(settings: DeviceSettings, description: Description) -> DeviceSettings:
+    """`fitted` to what the edge says of the model. Raises `SettingsError` for a cut or a precision that cannot be."""
+    if settings.cut != "auto" and not description.lowest_cut <= settings.cut < description.num_layers:
         raise SettingsError(
             f"cut {settings.cut} does not go with edge server {description.edge}: its model has {description.num_layers} blocks"
             f" and it serves cuts from {description.lowest_cut} to {description.num_layers - 1}"
@@ -83,7 +87,7 @@ def decide_cut(settings: DeviceSettings, description: Description) -> int:
             f"edge server {description.edge} cannot provide {settings.precision}: choose {', '.join(description.precisions)}"
             + (", or install bitsandbytes there" if settings.precision == "nf4" else "")
         )
-    return settings.cut
+    return fitted(settings, description.config, description.lowest_cut)
 
 
 def release_halves() -> None:

@@ -65,14 +65,18 @@ class DeviceTrainer:
     """Trains the device's half of an adapter together with the edge's, one batch a step.
 
     With `micro_batch` the device computes a batch so many examples at a time; to the edge it is one batch all the same.
+    If memory is `tight`, what a step has freed goes back to the system.
     """
 
-    def __init__(self, half: DeviceHalf, adapter: LocalAdapter, link: EdgeLink, task: str, micro_batch: int = 0) -> None:
+    def __init__(
+        self, half: DeviceHalf, adapter: LocalAdapter, link: EdgeLink, task: str, micro_batch: int = 0, tight: bool = False
+    ) -> None:
         self.adapter = adapter
         self._half = half
         self._link = link
         self._task = task
         self._micro_batch = micro_batch
+        self._tight = tight
 
     def step(self, step: int, batch: Batch) -> TrainedStep:
         """Step number `step`, counted from 1: activation out, gradient in, one optimiser step on either side."""
@@ -93,7 +97,8 @@ class DeviceTrainer:
             norms = result.layer_norms | self.adapter.layer_norms()
             self.adapter.step()
         del activation, cut_batch
-        release_freed_memory()
+        if self._tight:
+            release_freed_memory()
         return TrainedStep(result.loss, norms)
 
     @torch.no_grad()

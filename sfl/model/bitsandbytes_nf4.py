@@ -1,4 +1,4 @@
-"""The two functions of bitsandbytes that are used. Importing this imports it, at some MB where imports are lean and 120 where not.
+"""The two functions of bitsandbytes that are used. Importing this imports it: 4 MB where imports are lean, 120 where not.
 
 Raises `ModelError` where it is not installed or cannot be imported.
 """

@@ -30,8 +30,10 @@ _TOKENS_IN_A_WORD = 8  # at most, so that no text is cut
 def run_steps(settings: DeviceSettings, recorder: Recorder) -> None:
     """Load, tokenise, train `settings.steps` steps and one to count tensors in; `settings.data` is not looked at.
 
-    Each step has other random tokens, all texts as long as `max_length`. Raises `ModelError` for what cannot work.
+    Each step has other random tokens, all texts as long as `max_length`. Memory is treated as tight unless the settings say
+    that it is not. Raises `ModelError` for what cannot work.
     """
+    settings = settings.model_copy(update={"tight_memory": settings.tight_memory is not False})
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -43,10 +45,10 @@ def run_steps(settings: DeviceSettings, recorder: Recorder) -> None:
             device.plan(LABELS)
     with phase("load"):
         half, slots = device.load_half()
-    adapter = LocalAdapter(slots, _random_adapter(slots), settings.cut, 1, device.optimizer)
+    adapter = LocalAdapter(slots, _random_adapter(slots), device.cut, 1, device.optimizer)
     link = StandInEdge()
     recorder.observe(half, adapter, link.traffic, count_in_step=settings.steps + 1)
-    trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch)
+    trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch, bool(settings.tight_memory))
     batches = _random_batches(settings, half.config.vocab_size, half.config.pad_token_id)
     for step in range(1, settings.steps + 2):
         trainer.step(step, next(batches))

@@ -1,0 +1,38 @@
+"""Fitting a device into its memory before anything large is imported: which cut, and what becomes of freed memory.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sfl.errors import SettingsError
+from sfl.planning.apart import choose_cut_apart
+from sfl.planning.available import available_memory
+from sfl.planning.request import PlanRequest
+from sfl.settings import DeviceSettings
+from sfl.telemetry import log
+
+PLENTY_MB = 2000.0  # with so much free, a device's half is not planned for and freed memory is kept for the next step
+
+
+def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut: int = 1) -> DeviceSettings:
+    """The same settings with a cut that is a number and `tight_memory` decided.
+
+    `model` is a folder, a hub id or a configuration as a tree; the edge serves cuts from `lowest_cut`. A cut that is set is
+    checked where memory is short, so that the plan's numbers say what is too large, and not the kernel's end of the process.
+    Raises `SettingsError` with these numbers where it, or for `auto` any, does not fit.
+    """
+    memory = available_memory()
+    short = memory is not None and memory < PLENTY_MB
+    update: dict[str, Any] = {"tight_memory": short if settings.tight_memory is None else settings.tight_memory}
+    if settings.cut == "auto" and memory is None:
+        raise SettingsError("this system does not say how much memory is free: set the cut to a number instead of auto")
+    if memory is not None and (short or settings.cut == "auto"):
+        asked = None if settings.cut == "auto" else settings.cut
+        chosen = choose_cut_apart(model, PlanRequest.of(settings, lowest_cut), memory, asked)
+        log.info("cut %d: at most %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)
+        update["cut"] = chosen.cut
+    return settings.model_copy(update=update)

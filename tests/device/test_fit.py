@@ -1,0 +1,60 @@
+"""A device's cut and what it does with freed memory, from the memory that is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfl.data.settings import DataSettings
+from sfl.device import fit
+from sfl.device.fit import fitted
+from sfl.errors import SettingsError
+from sfl.settings import DeviceSettings
+from tests.tiny import tiny_config
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder with a configuration and no weights."""
+    tiny_config("opt", layers=4).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def device(model: str, **changes: Any) -> DeviceSettings:
+    return DeviceSettings(name="device-1", model=model, data=DataSettings(path=Path("none")), **changes)
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, free_mb: float | None) -> None:
+    monkeypatch.setattr(fit, "available_memory", lambda: free_mb)
+
+
+@pytest.mark.parametrize(("free_mb", "asked", "tight"), [(8000.0, None, False), (None, None, False), (8000.0, True, True)])
+def test_where_memory_is_plenty_nothing_is_planned(
+    model: str, monkeypatch: pytest.MonkeyPatch, free_mb: float | None, asked: bool | None, tight: bool
+) -> None:
+    memory(monkeypatch, free_mb)
+    monkeypatch.setattr(fit, "choose_cut_apart", None)
+    found = fitted(device(model, cut=3, tight_memory=asked), model)
+    assert (found.cut, found.tight_memory) == (3, tight)
+
+
+@pytest.mark.parametrize(("cut", "lowest"), [("auto", 3), (2, 1)])
+def test_where_memory_is_short_the_cut_is_planned(model: str, monkeypatch: pytest.MonkeyPatch, cut: Any, lowest: int) -> None:
+    memory(monkeypatch, 900.0)
+    found = fitted(device(model, cut=cut), model, lowest)
+    assert found.tight_memory is True
+    assert found.cut == (3 if cut == "auto" else 2)  # of 4 blocks, an edge from cut 3 leaves one choice
+
+
+def test_a_cut_that_does_not_fit_is_refused_with_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(monkeypatch, 100.0)
+    with pytest.raises(SettingsError, match=r"cut 2 does not fit 100 MB: it needs \d+ MB \(process \d+, weights \d+"):
+        fitted(device(model, cut=2), model)
+
+
+def test_auto_needs_a_system_that_tells_its_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(monkeypatch, None)
+    with pytest.raises(SettingsError, match="set the cut to a number"):
+        fitted(device(model, cut="auto"), model)
