@@ -11,6 +11,7 @@ from typing import Any
 from sfl.errors import SettingsError
 from sfl.planning.apart import choose_cut_apart
 from sfl.planning.available import available_memory
+from sfl.planning.calibration import MARGIN, read_calibration
 from sfl.planning.request import PlanRequest
 from sfl.settings import DeviceSettings
 from sfl.telemetry import log
@@ -31,6 +32,9 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
     if settings.cut == "auto" and memory is None:
         raise SettingsError("this system does not say how much memory is free: set the cut to a number instead of auto")
     if memory is not None and (short or settings.cut == "auto"):
+        floor = read_calibration().floor_mb[settings.precision]
+        if memory < (1 - MARGIN) * floor:  # said at once, as planning itself takes as much
+            raise SettingsError(f"no cut fits {memory:.0f} MB: a device that holds no block at all takes {floor:.0f} MB")
         asked = None if settings.cut == "auto" else settings.cut
         chosen = choose_cut_apart(model, PlanRequest.of(settings, lowest_cut), memory, asked)
         log.info("cut %d: at most %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)

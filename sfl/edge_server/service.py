@@ -79,6 +79,7 @@ class SplitService(SplitTrainingServicer):
                 if whole is None:
                     continue
                 work = answer = asyncio.create_task(self._answer(stream, *whole))
+                del whole, frame  # a stream that waits for its device's next batch holds no batch
                 while not await _done(answer, HEARTBEAT_S):
                     yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
                 if stream.session is not None:

@@ -17,7 +17,8 @@ class LocalAdapter:
 
     The device and the edge each hold one for their half, with the same optimiser settings: AdamW and SGD treat every
     parameter by itself, so two halves step exactly as one whole would.
-    The anchor is where the part of training begins that no submission holds yet: progress = values - anchor.
+    The anchor is where the part of training begins that no submission holds yet: progress = values - anchor. It begins as the
+    very arrays of `state`, which nobody may change afterwards: an edge has them once for all devices of one version.
     Raises `AdapterError` when `state` is not this half's part of an adapter at `cut`.
     """
 
@@ -28,7 +29,7 @@ class LocalAdapter:
         self._optimizer = _make_optimizer(list(self._parameters.values()), optimizer)
         decay_steps = optimizer.decay_steps
         self._schedule = LambdaLR(self._optimizer, lambda done: max(0.0, 1 - done / decay_steps) if decay_steps else 1.0)
-        self._anchor = self.values()
+        self._anchor = dict(state)
 
     def mount(self) -> None:
         """Make the half that all share compute with this adapter; gradients that a failed step left are dropped."""
@@ -80,7 +81,7 @@ class LocalAdapter:
         with torch.no_grad():
             for key, parameter in self._parameters.items():
                 parameter.copy_(torch.from_numpy(values[key]))
-        self._anchor = {key: value.copy() for key, value in state.items()}
+        self._anchor = dict(state)
         self.version = version
 
 

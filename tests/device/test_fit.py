@@ -49,9 +49,17 @@ def test_where_memory_is_short_the_cut_is_planned(model: str, monkeypatch: pytes
 
 
 def test_a_cut_that_does_not_fit_is_refused_with_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory(monkeypatch, 100.0)
-    with pytest.raises(SettingsError, match=r"cut 2 does not fit 100 MB: it needs \d+ MB \(process \d+, weights \d+"):
-        fitted(device(model, cut=2), model)
+    memory(monkeypatch, 305.0)
+    large = device(model, cut=2, batch_size=512, max_length=64)
+    with pytest.raises(SettingsError, match=r"cut 2 does not fit 305 MB: it needs \d+ MB \(process \d+, weights \d+"):
+        fitted(large, model)
+
+
+def test_less_than_a_process_takes_is_refused_at_once(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(monkeypatch, 200.0)
+    monkeypatch.setattr(fit, "choose_cut_apart", None)
+    with pytest.raises(SettingsError, match=r"no cut fits 200 MB: a device that holds no block at all takes \d+ MB"):
+        fitted(device(model, cut="auto"), model)
 
 
 def test_auto_needs_a_system_that_tells_its_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
