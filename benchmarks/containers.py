@@ -92,7 +92,8 @@ class Yard:
         self.start(
             names["device"], "device", "--name", "device", "--federation", federation, "--edge", edge, "--cut", cut,
             "--precision", precision, "--cache", cache, "--steps", steps, "--batch-size", BATCH, "--max-length", LENGTH,
-            "--micro-batch", micro_batch, "--threads", 1, "--tight-memory", "--data.path", self.folder / "texts.txt", "--out", out / "device",
+            "--micro-batch", micro_batch, "--threads", 1, "--tight-memory",
+            "--data.path", self.folder / "texts.txt", "--out", out / "device",
             flags=limits, environment=self.environment,
         )  # fmt: skip
         try:
