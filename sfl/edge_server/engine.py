@@ -9,6 +9,7 @@ import torch
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, edge_half
+from sfl.allocator import release_freed_memory
 from sfl.errors import RefusedError, WireError
 from sfl.model.cut import EdgeHalf, check_cut
 from sfl.model.load import check_max_length
@@ -47,6 +48,7 @@ class EdgeEngine:
         self._lora = lora
         self._fingerprint = fingerprint
         self._sessions: dict[str, Session] = {}
+        self._trained: Session | None = None  # whose step was the last
         self._half.eval()
 
     def check(self, request: SessionRequest) -> None:
@@ -96,6 +98,10 @@ class EdgeEngine:
         if step != session.last_step + 1:
             raise WireError(f"step {step} of {session.request.device} came, step {session.last_step + 1} was due")
         self._require_inputs(batch)
+        if self._trained is not session:
+            # What a step frees lies between what sessions keep: given back, another device costs its adapter and no holes.
+            release_freed_memory()
+            self._trained = session
         activation = batch.activation.requires_grad_()
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(session.random_state)
@@ -148,6 +154,8 @@ class EdgeEngine:
 
     def close(self, session: Session) -> None:
         """Forget a session, unless another one of the device has taken its place."""
+        if self._trained is session:
+            self._trained = None
         if self._sessions.get(session.request.device) is session:
             del self._sessions[session.request.device]
 
