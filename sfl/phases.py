@@ -1,4 +1,4 @@
-"""What this process is doing, for whoever watches its memory: import, load, tokenise, forward, wait, backward, step."""
+"""What this process is doing, for whoever watches its memory: import, load, tokenise, forward, wait, backward, step and so on."""
 
 from __future__ import annotations
 
@@ -31,11 +31,6 @@ def watching(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.remove(listener)
-
-
-def current() -> str:
-    """The phase that this process is in."""
-    return _current
 
 
 def _enter(name: str) -> None:

@@ -45,7 +45,7 @@ def device(context: typer.Context) -> None:
     from sfl.profiling.daemon import recorded
 
     with recorded(settings) as recorder:
-        settings = _provided(settings)
+        recorder.settings = settings = _provided(settings)
         _import_device().run(settings, recorder)
 
 

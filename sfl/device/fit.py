@@ -27,6 +27,10 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
     Raises `SettingsError` with these numbers where it, or for `auto` any, does not fit.
     """
     memory = available_memory()
+    if settings.run_on == "cuda":
+        if settings.cut == "auto":
+            raise SettingsError("the plan counts a processor's memory, not a GPU's: set the cut to a number instead of auto")
+        memory = None
     short = memory is not None and memory < PLENTY_MB
     update: dict[str, Any] = {"tight_memory": short if settings.tight_memory is None else settings.tight_memory}
     if settings.cut == "auto" and memory is None:
@@ -37,6 +41,7 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
             raise SettingsError(f"no cut fits {memory:.0f} MB: a device that holds no block at all takes {floor:.0f} MB")
         asked = None if settings.cut == "auto" else settings.cut
         chosen = choose_cut_apart(model, PlanRequest.of(settings, lowest_cut), memory, asked)
-        log.info("cut %d: at most %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)
-        update["cut"] = chosen.cut
+        if chosen is not None:
+            log.info("cut %d: at most %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)
+            update["cut"] = chosen.cut
     return settings.model_copy(update=update)

@@ -26,7 +26,7 @@ _hf_logging: Any = logging  # not annotated
 def load_config(name_or_dir: str | Path) -> PretrainedConfig:
     """The configuration of a model directory or a hub id. Raises `ModelError` when there is none, or its type is unknown."""
     with explained(name_or_dir):
-        config = AutoConfig.from_pretrained(require_model(name_or_dir))
+        config = AutoConfig.from_pretrained(require_model(name_or_dir), trust_remote_code=False)
     if not isinstance(config, PretrainedConfig):
         raise ModelError(f"'{name_or_dir}' has no model configuration")
     return config
@@ -77,7 +77,7 @@ def load_task_config(name_or_dir: str | Path, task: Task, labels: Sequence[str])
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; its end-of-text token pads where it has no pad token. Raises `ModelError` without either."""
     with explained(name_or_dir):
-        tokenizer = AutoTokenizer.from_pretrained(require_model(name_or_dir))
+        tokenizer = AutoTokenizer.from_pretrained(require_model(name_or_dir), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of '{name_or_dir}' has neither a pad nor an end-of-text token: add one to it")

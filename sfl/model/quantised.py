@@ -52,7 +52,10 @@ class QuantisedLinear(FrozenLinear):
         release_freed_memory()  # slabs leave holes
 
     def take(self, stored: StoredTensor, scale: StoredTensor | None) -> None:
-        if stored.dtype == self.kept and scale is not None:
+        if stored.dtype == self.kept:
+            if scale is None or scale.shape != self.scale_shape():
+                found = "has none" if scale is None else f"has one of shape {tuple(scale.shape)}"
+                raise ModelError(f"'{stored.name}' is quantised and needs a scale of shape {self.scale_shape()}, but {found}")
             self.hold(stored.mapped(), scale.read(torch.float32))
             return
         weight, scales, first = torch.empty(self.out_features, self.kept_width(), dtype=self.kept), [], 0

@@ -7,6 +7,7 @@ Nothing here needs torch until the other process runs.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import sfl.errors
 from sfl.adapters.layout import LoraSpec
 from sfl.errors import SettingsError, SflError
 from sfl.planning.request import PlanRequest
+from sfl.telemetry import log
 
 _TIMEOUT_S = 900.0
 
@@ -28,11 +30,14 @@ class ChosenCut(NamedTuple):
     device_mb: float
 
 
-def choose_cut_apart(model: str | Mapping[str, Any], request: PlanRequest, memory_mb: float, cut: int | None = None) -> ChosenCut:
+def choose_cut_apart(
+    model: str | Mapping[str, Any], request: PlanRequest, memory_mb: float, cut: int | None = None
+) -> ChosenCut | None:
     """The cut that `sfl.planning.choice.choose_cut` chooses, or the one that was asked for if it fits.
 
     `model` is a folder or hub id, or a configuration as a tree. To be called before torch is imported here, as both processes
-    together must fit. Raises as `choose_cut` and `require_fits` do, and `SettingsError` when the planner breaks off.
+    together must fit. Raises as `choose_cut` and `require_fits` do. When the planner breaks off, that is a `SettingsError` where
+    it was to choose, and otherwise None and a warning.
     """
     question = {
         "model": model if isinstance(model, str) else dict(model),
@@ -47,13 +52,23 @@ def choose_cut_apart(model: str | Mapping[str, Any], request: PlanRequest, memor
         )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
-        raise SettingsError(f"planning the cut took more than {_TIMEOUT_S:g} s: set the cut") from error
+        _no_answer(f"it took more than {_TIMEOUT_S:g} s", cut, error)
+        return None
     except ValueError as error:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise SettingsError(f"planning the cut broke off ({reason}): set the cut, or see `sfl plan`") from error
+        _no_answer(reason, cut, error)
+        return None
     if "error" in answer:
         raise getattr(sfl.errors, answer["kind"])(answer["error"])
+    for warning in answer["warnings"]:
+        log.warning("%s", warning)
     return ChosenCut(int(answer["cut"]), float(answer["device_mb"]))
+
+
+def _no_answer(reason: str, cut: int | None, error: Exception) -> None:
+    if cut is None:
+        raise SettingsError(f"planning the cut broke off ({reason}): set the cut, or see `sfl plan`") from error
+    log.warning("whether cut %d fits is not known, as planning it broke off: %s", cut, reason)
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +83,16 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     lora = question["request"].pop("lora")
     request = PlanRequest(**question["request"], lora=LoraSpec(**{**lora, "target_modules": tuple(lora["target_modules"])}))
     model, memory_mb, cut = question["model"], question["memory_mb"], question["cut"]
+    warnings: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        warnings.append(record.getMessage())
+        return False  # the parent logs it
+
+    log.addFilter(keep)
     config = load_config(model) if isinstance(model, str) else AutoConfig.for_model(**model)
     chosen = choose_cut(config, request, memory_mb) if cut is None else require_fits(config, request, cut, memory_mb)
-    return {"cut": chosen.cut, "device_mb": chosen.device_mb}
+    return {"cut": chosen.cut, "device_mb": chosen.device_mb, "warnings": warnings}
 
 
 def main() -> None:

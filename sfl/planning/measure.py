@@ -71,7 +71,10 @@ def measure_machine(tell: Callable[[str], None]) -> Calibration:
 
 def _run(role: str, model: Path, precision: Precision, size: str) -> _Run:
     command = [sys.executable, "-m", "sfl.planning.measure", role, str(model), precision, size]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"a measuring process took more than {_TIMEOUT_S:g} s") from error
     try:
         answer = json.loads(done.stdout)
     except ValueError as error:

@@ -35,7 +35,7 @@ def recorded(settings: DeviceSettings) -> Iterator[Recorder]:
 
         path = settings.out / FILE
         try:
-            write_profile(path, summarise(recorder, described(settings)))
+            write_profile(path, summarise(recorder, described(recorder.settings or settings)))
             log.info("the memory profile is in %s", path)
         except OSError as error:  # which is not to hide why the run ended
             log.error("the memory profile cannot be written: %s", error)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sfl.model.cut import DeviceHalf
     from sfl.model.local_adapter import LocalAdapter
     from sfl.profiling.parts import DeviceParts, Held
+    from sfl.settings import DeviceSettings
     from sfl.wire.frames import Traffic
 
 INTERVAL_S = 0.01
@@ -61,6 +62,7 @@ class Recorder:
 
     def __init__(self, meter: Meter | None = None, phase: str = "import") -> None:
         self.meter = meter
+        self.settings: DeviceSettings | None = None  # those in force, once they are known
         self.moments: dict[str, Moment] = {}
         self.uss = Series()
         self.pss = Series()
@@ -133,7 +135,7 @@ class Recorder:
 
     def _note(self, ended: str, of_step: int, now: float, rss: float, new_peak: bool) -> None:
         """What is to be known where a phase ends."""
-        if ended == self._first and self.floor_mb is None:
+        if ended in (self._first, "import") and "after loading" not in self.moments:  # a daemon looks around before its imports
             self.floor_mb, self.floor_file_mb = rss, status_mb("RssFile")
             self.moments["after the imports"] = self._moment(now)
         elif ended == "load":

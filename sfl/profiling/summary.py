@@ -15,7 +15,7 @@ from sfl.profiling.timeline import COUNT
 from sfl.settings import DeviceSettings
 
 FLOOR, CODE, REST = "process floor", "code used later", "allocator and kernels"
-_ORDER = ("import", "load", "tokenise", "forward", "wait", "backward", "step", IDLE, COUNT)
+_ORDER = ("provision", "import", "load", "tokenise", "forward", "wait", "backward", "step", IDLE, COUNT)
 
 
 def summarise(recorder: Recorder, settings: Mapping[str, Any], limit_mb: float | None = None, root: Path = ROOT) -> Profile:

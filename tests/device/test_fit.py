@@ -62,6 +62,14 @@ def test_less_than_a_process_takes_is_refused_at_once(model: str, monkeypatch: p
         fitted(device(model, cut="auto"), model)
 
 
+def test_the_plan_is_not_for_a_gpu(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(monkeypatch, 900.0)
+    monkeypatch.setattr(fit, "choose_cut_apart", None)
+    assert fitted(device(model, cut=2, run_on="cuda"), model).cut == 2
+    with pytest.raises(SettingsError, match="not a GPU's: set the cut"):
+        fitted(device(model, cut="auto", run_on="cuda"), model)
+
+
 def test_auto_needs_a_system_that_tells_its_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(monkeypatch, None)
     with pytest.raises(SettingsError, match="set the cut to a number"):

@@ -161,3 +161,12 @@ def test_fingerprint_is_of_the_weights_and_not_of_the_files(tmp_path: Path) -> N
     next((tmp_path / "shards").glob("*.safetensors")).unlink()
     with pytest.raises(ModelError, match="lacks the weights file model-0000"):
         model_fingerprint(tmp_path / "shards")
+
+
+def test_code_that_a_configuration_names_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "sfl-unheard-of", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "configuration_mine.py").write_text("raise SystemExit('the code ran')\n", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError):
+        load_config(tmp_path)

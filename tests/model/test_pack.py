@@ -136,3 +136,18 @@ def test_a_cut_or_a_checkpoint_that_cannot_be_packed(tmp_path: Path) -> None:
         pack_device_half(path, 2, "int8", tmp_path / "half")
     assert not (tmp_path / "half").exists()
     pack_device_half(path, 1, "int8", tmp_path / "half")
+
+
+@pytest.mark.parametrize("shape", [None, (3,)])
+def test_a_quantised_weight_without_its_scale_is_refused(tmp_path: Path, shape: tuple[int, ...] | None) -> None:
+    model = save_tiny_model(tmp_path / "model", "opt")
+    packed = tmp_path / "packed"
+    pack_device_half(model, 2, "int8", packed)
+    tensors = load_file(packed / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".scale"))
+    del tensors[name]
+    if shape is not None:
+        tensors[name] = torch.ones(shape)
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"is quantised and needs a scale of shape \(\d+,\), but has"):
+        load_device_half(packed, 2, "int8")

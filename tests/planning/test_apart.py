@@ -51,3 +51,18 @@ def test_asking_needs_no_torch() -> None:
     script = "import sys, sfl.planning.apart; print(sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_its_warnings_arrive(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = PlanRequest(batch_size=1, max_length=8)
+    least = choose_cut(tiny_config("opt"), request, 5000).device_mb
+    with caplog.at_level("WARNING", logger="sfl"):
+        assert choose_cut_apart(tiny_config("opt").to_dict(), request, 1.01 * least, cut=1) is not None
+    assert "are free" in caplog.text
+
+
+def test_a_cut_that_is_set_is_taken_without_an_answer(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with caplog.at_level("WARNING", logger="sfl"):
+        assert choose_cut_apart("somewhere", PlanRequest(), 5000, cut=2) is None
+    assert "whether cut 2 fits is not known" in caplog.text

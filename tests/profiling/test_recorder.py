@@ -69,3 +69,20 @@ def test_joules_of_the_steps_and_of_nothing_else() -> None:
     # One tick where the first step begins, one at the end of each, and what the sampler adds between.
     assert 4 <= energy.joules <= meter.joules
     assert energy.joules_per_step == pytest.approx(energy.joules / 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc to read the resident memory")
+def test_the_floor_is_after_the_imports_whatever_a_daemon_does_before() -> None:
+    watcher = Recorder()
+    with watcher.recording():
+        with phase("provision"):
+            pass
+        before = watcher.floor_mb
+        with phase("import"):
+            kept = np.ones(5_000_000)
+        with phase("load"):
+            later = np.ones(5_000_000)
+        with phase("import"):  # something that was put off
+            del later
+    assert before is not None and watcher.floor_mb is not None
+    assert 35 < watcher.floor_mb - before < 60 and len(kept)
