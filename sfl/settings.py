@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sfl.adapters.layout import LoraSpec
 from sfl.data.settings import DataSettings, Task
@@ -40,6 +40,15 @@ def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(set(labels)))
 
 
+def _check_cut(cut: Any) -> Any:
+    """Before the type is looked at, as a union's own errors are two for one mistake."""
+    number = int(cut) if isinstance(cut, str) and cut.strip().isdigit() else cut
+    if cut != "auto" and not (isinstance(number, int) and not isinstance(number, bool) and number >= 1):
+        raise ValueError("a cut is a number of blocks, 1 or more, or auto")
+    return number
+
+
+Cut = Annotated[int | Literal["auto"], BeforeValidator(_check_cut)]
 Address = Annotated[str, AfterValidator(_check_address)]
 Name = Annotated[str, AfterValidator(_check_name)]
 
@@ -241,7 +250,7 @@ class DeviceSettings(WorkerSettings):
 
     edge: Address = Field("127.0.0.1:7301", description="host:port of the edge server")
     out: Path = Field(Path("out/device"), description="folder for metrics.jsonl")
-    cut: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    cut: Cut = Field(
         1, description="cut layer: number of blocks that run on the device; auto: as `sfl plan` recommends for its free memory"
     )
     tight_memory: bool | None = Field(

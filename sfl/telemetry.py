@@ -23,6 +23,7 @@ def configure_logging(level: str = "INFO") -> None:
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
     log.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not needed, whatever imports it
 
 
 def peak_rss_mb() -> float:

@@ -35,6 +35,8 @@ def list_(
         typer.echo(dumps(rows, indent=2))
         return
     screen = Console()
+    if not screen.is_terminal:
+        screen.width = 200
     table = Table("folder", "model", "fingerprint", "cut", "precision", "MB", "last used", "state", header_style="bold")
     for row in rows:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
@@ -57,6 +59,8 @@ def clear(
     if sum([fingerprint is not None, every, edge is not None]) != 1:
         raise SettingsError("say what to clear: a FINGERPRINT (`sfl cache list` shows them), --edge HOST:PORT or --all")
     removed = [entry for place in _places(cache) for entry in _clear(place, fingerprint, edge)]
+    if not removed and fingerprint is not None:
+        raise SettingsError(f"nothing was cleared: no half in the cache is of {fingerprint}; see `sfl cache list`")
     typer.echo(f"cleared {len(removed)} halves, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
 
 

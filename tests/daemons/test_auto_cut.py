@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from sfl.settings import StrategySettings
 from tests.daemons.processes import Daemons
 from tests.daemons.runs import device_settings, edge_settings, start_all, stop_servers
@@ -14,6 +16,7 @@ from tests.tiny import save_tiny_model
 STEPS = 6
 
 
+@pytest.mark.slow
 def test_a_device_that_leaves_everything_open(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "opt")
     like = device_settings("device-1", model, write_texts(tmp_path / "texts.txt", 60), steps=STEPS)

@@ -100,7 +100,9 @@ CASES: dict[str, Callable[[World], Case]] = {
         2,
         ("unknown setting 'optimizer.learnig_rate' in config.toml: did you mean optimizer.learning_rate?",),
     ),
-    "cut 0": lambda world: Case("device", {"cut": 0}, 2, ("cut = 0 in config.toml: should be greater than or equal to 1",)),
+    "cut 0": lambda world: Case(
+        "device", {"cut": 0}, 2, ("cut = 0 in config.toml: a cut is a number of blocks, 1 or more, or auto",)
+    ),
     "port in use, federation server": lambda world: port_in_use("fed", world),
     "port in use, edge server": lambda world: port_in_use("edge", world),
     "one class, first device": lambda world: one_class("first", world),

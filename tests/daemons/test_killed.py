@@ -46,7 +46,10 @@ def test_an_edge_server_that_waits_for_the_others_ends_when_it_is_told_to(tmp_pa
 
 @pytest.mark.parametrize(
     ("strategy", "first", "lost"),
-    [("gsfs", "edge", "the edge server"), ("fedavg", "fed", "the federation server")],
+    [
+        ("gsfs", "edge", "the edge server"),
+        pytest.param("fedavg", "fed", "the federation server", marks=pytest.mark.slow),
+    ],
 )
 def test_the_others_go_on_without_a_killed_device_and_end_without_a_server(
     tmp_path: Path, strategy: str, first: str, lost: str
