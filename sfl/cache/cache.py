@@ -60,6 +60,14 @@ class HalfCache:
         except (OSError, UnicodeDecodeError, WireError):
             return None
 
+    def finished(self, key: HalfKey) -> int | None:
+        """When the complete half was finished, in ns since 1970, which tells it from one that takes its place; None if there is
+        none."""
+        try:
+            return (self._entry(key) / "manifest.json").stat().st_mtime_ns
+        except OSError:
+            return None
+
     def begin(self, key: HalfKey) -> Path:
         """The folder for the files of a half that is not whole yet, with those that are there.
 
@@ -125,12 +133,13 @@ class HalfCache:
         return sorted(self._entries(), key=lambda entry: entry.used)
 
     def remove(self, entry: Entry) -> bool:
-        """Delete a half; False if it is in use, and stays."""
+        """Delete a half, unless somebody has done so since it was listed; False if it is in use, and stays."""
         lock = self.try_lock(entry.key)
         if lock is None:
             return False
         with lock:
-            shutil.rmtree(entry.folder)
+            if entry.folder.exists():
+                shutil.rmtree(entry.folder)
             with contextlib.suppress(OSError):  # other halves of the model
                 entry.folder.parent.rmdir()
         return True

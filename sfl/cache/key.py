@@ -9,7 +9,7 @@ from sfl.errors import WireError
 from sfl.settings import Precision
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_MAX_CUT = 10_000  # no model has as many blocks
+MAX_CUT = 10_000  # no model has as many blocks
 
 
 class HalfKey(NamedTuple):
@@ -32,7 +32,7 @@ def checked_key(fingerprint: str, cut: int, precision: str) -> HalfKey:
     """The key that came over the wire or from a folder's name. Raises `WireError` for one that names no half."""
     if not _FINGERPRINT.fullmatch(fingerprint):
         raise WireError("a model's fingerprint is 64 hexadecimal digits; another one came")
-    if not 1 <= cut <= _MAX_CUT:
+    if not 1 <= cut <= MAX_CUT:
         raise WireError(f"there is no cut {cut}")
     if precision not in get_args(Precision):
         raise WireError(f"precision '{precision[:20]}' is unknown: {', '.join(get_args(Precision))} are known")

@@ -25,7 +25,7 @@ from sfl.wire.provision import Description, ProvisioningClient
 
 Result = TypeVar("Result")
 
-_SAY_EVERY_S = 5.0
+_SAY_EVERY_S, _LOCK_PAUSE_S = 5.0, 0.1
 _DAMAGED_AGAIN = 3  # times that a block may arrive, or be found on the disk, with another checksum than announced
 _SPARE_DISK = 10_000_000  # bytes that are left free
 
@@ -142,23 +142,57 @@ class _Fetch:
         self._settings = settings
         self._fetched = 0  # bytes of files
         self._damaged = 0
+        self._wrong: int | None = None  # when the half that was last found damaged had been finished
 
     def whole(self) -> tuple[int, int]:
-        """Once the half is in the cache, every byte checked, and in use by this process: its bytes, and those fetched."""
-        for _ in range(_DAMAGED_AGAIN):
-            lock = self._cache.wait_for_lock(self._key, self._settings.join_wait_s, shared=True)
+        """Once the half is in the cache, every byte checked, and in use by this process: its bytes, and those fetched.
+
+        Where other processes fetch it or use it, they are waited for at most `join_wait_s` seconds (`UnreachableError`).
+        """
+        fetches, began = 0, time.monotonic()
+        said = began
+        while (size := self._used()) is None:
+            lock = self._cache.try_lock(self._key)
+            if lock is None:
+                now = time.monotonic()
+                if now - began > self._settings.join_wait_s:
+                    raise UnreachableError(
+                        f"waited {now - began:.0f} s for {self._key} in {self._cache.folder}, which is not whole and which"
+                        " another process has taken; gave up"
+                    )
+                if now - said > _SAY_EVERY_S:
+                    said = now
+                    log.info("waiting for another process that fetches or uses %s (%.0f s)", self._key, now - began)
+                time.sleep(_LOCK_PAUSE_S)
+                continue
+            with lock:
+                if self._cache.finished(self._key) not in (None, self._wrong):
+                    continue  # fetched by another process a moment ago
+                if fetches == _DAMAGED_AGAIN:
+                    raise ModelError(
+                        f"{self._key} is damaged whenever it was fetched to {self._cache.folder}: is the disk in order?"
+                    )
+                if self._cache.manifest(self._key) is not None:
+                    log.warning("%s is damaged in the cache: fetching what is wrong", self._key)
+                _persist(self._complete, lambda: self._fetched, self._settings.give_up_s)
+                fetches, began = fetches + 1, time.monotonic()
+        return size, self._fetched
+
+    def _used(self) -> int | None:
+        """The bytes of the half, in use from now on; None where it is not whole or is being written."""
+        lock = self._cache.try_lock(self._key, shared=True)
+        if lock is None:
+            return None
+        finished = self._cache.finished(self._key)
+        if finished is not None and finished != self._wrong:  # what was found wrong is not read again
             manifest = self._cache.manifest(self._key)
             if manifest is not None and not manifest.gaps(self._cache.model(self._key)):
                 self._cache.touch(self._key)
                 _in_use.append(lock)
-                return manifest.size, self._fetched
-            lock.release()
-            with self._cache.wait_for_lock(self._key, self._settings.join_wait_s):
-                if manifest is not None:
-                    log.warning("%s is damaged in the cache: fetching what is wrong", self._key)
-                _persist(self._complete, lambda: self._fetched, self._settings.give_up_s)
-
-        raise ModelError(f"{self._key} is damaged whenever it was fetched to {self._cache.folder}: is the disk in order?")
+                return manifest.size
+            self._wrong = finished
+        lock.release()
+        return None
 
     def _complete(self) -> None:
         """Fetch what is missing and make the half complete; to be called again when the connection broke."""

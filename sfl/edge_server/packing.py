@@ -14,11 +14,11 @@ from sfl.cache.key import HalfKey
 from sfl.errors import ModelError, SflError
 from sfl.settings import Precision
 from sfl.telemetry import log
+from sfl.wire.provision import PACKING_S
 
 Packer = Callable[[HalfKey, Path], Awaitable[None]]
 """Fills an empty folder with a half. Raises `ModelError`."""
 
-_PACKING_S = 1800.0
 _ERROR = "error: "
 
 
@@ -40,10 +40,10 @@ def packer(model: str) -> Packer:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
-            errors = await asyncio.wait_for(process.stderr.read() if process.stderr else process.wait(), _PACKING_S)
+            errors = await asyncio.wait_for(process.stderr.read() if process.stderr else process.wait(), PACKING_S)
             code = await process.wait()
         except asyncio.TimeoutError:
-            raise ModelError(f"packing {key} was not done after {_PACKING_S:g} s") from None
+            raise ModelError(f"packing {key} was not done after {PACKING_S:g} s") from None
         finally:
             if process.returncode is None:
                 process.kill()

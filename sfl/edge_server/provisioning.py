@@ -43,6 +43,7 @@ class ProvisioningService(ProvisioningServicer):
         self._pack = pack
         self._metrics = metrics
         self._halves: dict[HalfKey, asyncio.Task[Manifest]] = {}  # whole ones and those on their way
+        self._sizes: dict[HalfKey, int] = {}  # bytes of each half that was packed, whether there was room for it or not
         self._packing = asyncio.Semaphore(1)
         self._disk = ThreadPoolExecutor(_THREADS, "provisioning")
 
@@ -142,6 +143,10 @@ class ProvisioningService(ProvisioningServicer):
         return manifest
 
     def _empty(self, key: HalfKey) -> Path:
+        """Raises `SettingsError` for a half that is known not to fit, which takes long to pack, each time a device asks."""
+        if (size := self._sizes.get(key)) is not None:
+            self._cache.make_room(key, size)
+            self._cache.require_disk(str(key), size)
         folder = self._cache.begin(key)
         for left_over in folder.iterdir():
             left_over.unlink()
@@ -149,6 +154,7 @@ class ProvisioningService(ProvisioningServicer):
 
     def _finish(self, key: HalfKey, folder: Path) -> Manifest:
         manifest = Manifest.of(folder)
+        self._sizes[key] = manifest.size
         self._cache.make_room(key, manifest.size)
         self._cache.finish(key, manifest)
         return manifest
@@ -177,7 +183,8 @@ class ProvisioningService(ProvisioningServicer):
         try:
             return await self._on_disk(lambda: path.open("rb"))
         except FileNotFoundError:
-            del self._halves[key]
+            if self._halves.get(key) is half:  # and not packed again since, or found missing by another reader
+                del self._halves[key]
             raise UnreachableError(f"{key} was removed from the edge server's cache: ask for its files again") from None
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:

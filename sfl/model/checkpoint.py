@@ -56,9 +56,12 @@ class WeightsFile:
                 for name, entry in entries.items()
                 for start, stop in [entry["data_offsets"]]
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"'{path}' is no safetensors file, or is truncated: fetch it again") from error
-        if any(tensor.stop > size or tensor.start > tensor.stop for tensor in self.tensors.values()):
+            for tensor in self.tensors.values():
+                if not 8 + length <= tensor.start <= tensor.stop:
+                    raise ValueError(f"tensor '{tensor.name}' begins at byte {tensor.start} and ends at {tensor.stop}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"'{path}' is no safetensors file, or is truncated ({error}): fetch it again") from error
+        if any(tensor.stop > size for tensor in self.tensors.values()):
             raise ModelError(f"'{path}' is truncated at {size} bytes: fetch it again")
 
     @cached_property
@@ -183,9 +186,13 @@ class Checkpoint:
         if index is None:
             raise ModelError(f"'{self.name_or_dir}' has neither {WEIGHTS} nor an index of its parts")
         try:
-            return {str(name): str(shard) for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            parts = {str(name): str(shard) for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"'{index}' is no safetensors index ({error}): fetch it again") from error
+        for shard in set(parts.values()):
+            if not shard or set(shard) & {"/", "\\", "\0"} or shard in (".", ".."):
+                raise ModelError(f"'{index}' names the part {shard[:100]!a}, which is no plain file name: fetch it again")
+        return parts
 
     def _open(self, shard: str) -> WeightsFile:
         if shard not in self._files:

@@ -6,15 +6,17 @@ Needs neither torch nor NumPy.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import grpc
 
 from sfl.adapters.layout import LoraSpec
-from sfl.cache.key import HalfKey, checked_key
+from sfl.cache.key import MAX_CUT, HalfKey, checked_key
 from sfl.cache.manifest import Manifest, StoredFile, check
+from sfl.data.settings import Task
 from sfl.errors import RefusedError, UnreachableError, WireError
 from sfl.v1 import provision_pb2 as pb
 from sfl.v1.provision_pb2_grpc import ProvisioningStub
@@ -23,7 +25,10 @@ from sfl.wire.channel import SILENCE_S, dial, error_from, until_silent
 
 PEER = "the edge server"
 CHUNK_BYTES = 512 * 1024
+PACKING_S = 1800.0  # that an edge server takes at most to pack a half
 _CALL_S = 60.0
+_PACK_S = PACKING_S + 60
+_MAX_RANK, _MAX_NAMES, _MAX_NAME = 10_000, 1_000, 1_000  # of a description, far beyond any model's
 
 Reply = TypeVar("Reply", pb.Description, pb.PackReply, pb.FileChunk)
 
@@ -59,16 +64,16 @@ def description_to_wire(description: Description) -> pb.Description:
 
 
 def description_from_wire(message: pb.Description) -> Description:
-    """Raises `WireError` for a fingerprint or configuration that is none."""
+    """Raises `WireError` for what describes no model, or one in a way that only another version of sfl knows."""
     checked_key(message.model_fingerprint, 1, "fp32")
     try:
         config = json.loads(message.config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError(f"{PEER} described its model with a configuration that is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise WireError(f"{PEER} described its model with a configuration that is no JSON object")
     lora = message.lora
-    return Description(
+    described = Description(
         edge=message.edge,
         base_model=message.base_model,
         fingerprint=message.model_fingerprint,
@@ -79,6 +84,28 @@ def description_from_wire(message: pb.Description) -> Description:
         precisions=tuple(message.precisions),
         config=config,
     )
+    for wrong in _mistakes(described):
+        raise WireError(f"{PEER} described its model with {wrong}: does it run the same version of sfl as this device?")
+    return described
+
+
+def _mistakes(described: Description) -> Iterator[str]:
+    lora = described.lora
+    if described.task not in get_args(Task):
+        yield f"the unknown task {described.task[:40]!a}"
+    if not 1 <= lora.rank <= _MAX_RANK:
+        yield f"LoRA rank {lora.rank}"
+    if not 0 < lora.alpha < math.inf:
+        yield f"LoRA alpha {lora.alpha}"
+    if not 0 <= lora.dropout < 1:
+        yield f"LoRA dropout {lora.dropout}"
+    if not 1 <= described.lowest_cut < described.num_layers <= MAX_CUT:
+        yield f"{described.num_layers} blocks and cuts from {described.lowest_cut} on"
+    if not 1 <= len(lora.target_modules) <= _MAX_NAMES or not 1 <= len(described.precisions) <= _MAX_NAMES:
+        yield f"{len(lora.target_modules)} modules that get LoRA and {len(described.precisions)} precisions"
+    for name in (described.edge, described.base_model, *lora.target_modules, *described.precisions):
+        if not 1 <= len(name) <= _MAX_NAME or not name.isprintable():
+            yield f"the name {name[:40]!a} of {len(name)} characters"
 
 
 def key_to_wire(key: HalfKey) -> pb.Half:
@@ -123,17 +150,21 @@ class ProvisioningClient:
             raise
 
     def pack(self, key: HalfKey) -> Manifest:
-        """The files of a half, once the edge server has them."""
-        for reply in self._stream(lambda: self._stub.Pack(pb.PackRequest(device=self._device, half=key_to_wire(key)))):
+        """The files of a half, once the edge server has them, which may take it a minute more than `PACKING_S`."""
+        request = pb.PackRequest(device=self._device, half=key_to_wire(key))
+        for reply in self._stream(lambda: self._stub.Pack(request, timeout=_PACK_S)):
             if reply.WhichOneof("body") == "files":
                 return manifest_from_wire(reply.files)
         raise UnreachableError(f"{PEER} ended the answer before it had listed the files of {key}")
 
     def read(self, key: HalfKey, file: str, offset: int, length: int) -> Iterator[bytes]:
-        """`length` bytes of a file from `offset` on, in pieces. Raises `WireError` for more or fewer than that."""
+        """`length` bytes of a file from `offset` on, in pieces. Raises `WireError` for more or fewer than that, or for an
+        empty piece, of which there could be any number."""
         request = pb.ReadRequest(device=self._device, half=key_to_wire(key), file=file, offset=offset, length=length)
         left = length
         for chunk in self._stream(lambda: self._stub.Read(request)):
+            if not chunk.data:
+                raise WireError(f"{PEER} sent an empty piece of {file}")
             left -= len(chunk.data)
             if left < 0:
                 break

@@ -99,6 +99,16 @@ def test_no_room_is_an_error_that_names_the_limit(tmp_path: Path) -> None:
     assert cuts(cache) == []
 
 
+def test_a_half_that_somebody_else_has_removed_since_makes_room(tmp_path: Path) -> None:
+    cache = HalfCache(tmp_path, 10)
+    put(cache, key(1), 1)
+    (entry,) = cache.entries()
+    assert cache.remove(entry)
+    assert cache.remove(entry)
+    put(cache, key(2), 2)
+    assert cuts(cache) == [2]
+
+
 def test_a_full_disk_is_an_error_that_names_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = HalfCache(tmp_path / "new", 10)
     cache.require_disk("it", 1_000_000)

@@ -165,15 +165,36 @@ def test_a_killed_device_goes_on_where_it_was(tmp_path: Path) -> None:
     assert served.packed == [KEY]
 
 
-def test_two_devices_that_share_a_cache_fetch_once(served: Edge, tmp_path: Path) -> None:
-    devices = [Device(tmp_path, served.address, name=name, out=tmp_path / name) for name in ("one", "two")]
-    with ThreadPoolExecutor() as pool:
-        found = set(pool.map(lambda device: provided(device.settings).model, devices))
-    provision.release_halves()
-    assert len(found) == 1
+def test_two_devices_that_share_a_cache_fetch_once_and_use_it_together(served: Edge, tmp_path: Path) -> None:
+    """Each keeps the half in use when it has it, so that the other, which has found nothing at first, cannot write any more."""
+    devices = [Device(tmp_path, served.address, name=name, out=tmp_path / name, join_wait_s=20) for name in ("one", "two")]
+    reader = devices[0].cache.try_lock(KEY, shared=True)  # until both have looked
+    assert reader is not None
+    try:
+        with ThreadPoolExecutor() as pool:
+            starts = [pool.submit(provided, device.settings) for device in devices]
+            time.sleep(1)
+            assert not any(start.done() for start in starts)
+            reader.release()
+            found = {start.result(15).model for start in starts}
+    finally:
+        provision.release_halves()
+    assert found == {str(devices[0].cache.model(KEY))}
     received = sorted(device.last()["bytes_received"] for device in devices)
     assert received[0] < REPLIES and received[1] > WEIGHTS
     assert served.packed == [KEY]
+
+
+def test_a_damaged_half_that_another_process_uses_is_waited_for_and_given_up(served: Edge, tmp_path: Path) -> None:
+    device = Device(tmp_path, served.address, join_wait_s=0.3)
+    device.start()
+    damage(device.cache.model(KEY) / "model.safetensors", 9)
+    reader = device.cache.try_lock(KEY, shared=True)
+    assert reader is not None
+    with reader, pytest.raises(UnreachableError, match="is not whole and which another process has taken; gave up"):
+        device.start()
+    device.start()
+    assert same_files(device.cache.model(KEY), served.cache.model(KEY))
 
 
 def test_another_model_at_the_next_start_is_an_error_until_it_is_cleared(tmp_path: Path) -> None:
@@ -305,11 +326,40 @@ def test_a_half_that_an_edge_has_removed_is_packed_again(served: Edge, tmp_path:
     assert same_files(device.cache.model(KEY), served.cache.model(KEY))
 
 
+def test_two_readers_of_a_half_that_was_removed_are_both_told_so(served: Edge, tmp_path: Path) -> None:
+    """Both look for the file before either has noted that it is gone."""
+    Device(tmp_path, served.address).start()
+    shutil.rmtree(served.cache.folder / FINGERPRINT)
+    request = pb.ReadRequest(file="model.safetensors", length=1)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(*(served.service._open(KEY, request) for _ in range(2)), return_exceptions=True)
+
+    errors = asyncio.run_coroutine_threadsafe(both(), served._loop).result(10)
+    assert [type(error) for error in errors] == [UnreachableError, UnreachableError]
+
+
 def test_the_edge_s_cache_keeps_to_its_limit(tmp_path: Path) -> None:
     with edge(tmp_path / "edge", limit_mb=12) as served:
         for cut in (1, 2, 3):
             Device(tmp_path / str(cut), served.address, cut=cut).start()
         assert sorted(entry.key.cut for entry in served.cache.entries()) == [2, 3]
+
+
+def test_a_half_that_does_not_fit_is_packed_once_and_refused_until_there_is_room(tmp_path: Path) -> None:
+    with edge(tmp_path / "edge", limit_mb=6) as served:
+        device = Device(tmp_path, served.address)
+        reader_key = HalfKey(FINGERPRINT, 1, "int8")
+        Device(tmp_path / "one", served.address, cut=1).start()
+        reader = served.cache.try_lock(reader_key, shared=True)
+        assert reader is not None
+        with reader:
+            for _ in range(3):
+                with pytest.raises(RefusedError, match="halves in use take 6 of the 6 MB"):
+                    device.start()
+            assert served.packed == [reader_key, KEY]
+        device.start()
+        assert served.packed == [reader_key, KEY, KEY]
 
 
 def test_what_cannot_be_packed_is_refused_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
