@@ -22,6 +22,11 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Weights = Literal["frequency", "examples", "share"]
 
 
+def compute_format(precision: Precision, compute: Compute | None = None) -> Compute:
+    """The number format of activations; where none is asked for, fp32 for an fp32 base and else bf16."""
+    return compute or ("fp32" if precision == "fp32" else "bf16")
+
+
 def _check_address(address: str) -> str:
     try:
         check_address(address)
@@ -212,7 +217,7 @@ class WorkerSettings(DaemonSettings):
     @property
     def compute_format(self) -> Compute:
         """The number format of activations and gradients in force."""
-        return self.compute or ("fp32" if self.precision == "fp32" else "bf16")
+        return compute_format(self.precision, self.compute)
 
 
 class EdgeSettings(WorkerSettings):

@@ -18,14 +18,13 @@ from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
 from sfl.edge_server.engine import EdgeEngine, Session
+from sfl.edge_server.load import load_half
 from sfl.errors import SettingsError, SflError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.pool import Half
 from sfl.fed_server.versions import VersionStore
-from sfl.model.halves import load_edge_half
 from sfl.model.local_adapter import LocalAdapter
-from sfl.model.lora import head_state, initial_adapter, inject_lora
 from sfl.model.seeds import dropout_seed
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings, WorkerSettings
 from sfl.telemetry import MetricsWriter
@@ -136,20 +135,10 @@ def _edge(federation: Federation, settings: EdgeSettings, first: PreparedDevice,
     request = first.join_request()
     request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, settings.lowest_cut
     federation.join(member_from_wire(request))
-    half = load_edge_half(
-        settings.model,
-        settings.task,
-        settings.lowest_cut,
-        labels,
-        settings.precision,
-        settings.compute_format,
-        settings.run_on,
-        settings.seed,
-    )
-    initial = initial_adapter(half.config, settings.task, first.lora, head_state(half), settings.seed)
+    half, slots, initial = load_half(settings, first.lora, labels)
     head = half.family.head if settings.task == "classification" else ()
     federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)
-    return EdgeEngine(half, inject_lora(half, first.lora), settings.task, first.lora, first.fingerprint)
+    return EdgeEngine(half, slots, settings.task, first.lora, first.fingerprint)
 
 
 def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, metrics: MetricsWriter) -> _Running:

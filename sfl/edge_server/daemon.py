@@ -16,6 +16,7 @@ from sfl.adapters.state import AdapterState
 from sfl.cache.cache import HalfCache, default_folder
 from sfl.edge_server.engine import EdgeEngine
 from sfl.edge_server.gate import Gate
+from sfl.edge_server.load import load_half
 from sfl.edge_server.packing import packable, packer
 from sfl.edge_server.provisioning import ProvisioningService
 from sfl.edge_server.service import SplitService
@@ -24,9 +25,8 @@ from sfl.edge_server.worker import ORDERS, ComputeWorker
 from sfl.errors import SflError
 from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
-from sfl.model.halves import load_edge_half
 from sfl.model.load import load_config
-from sfl.model.lora import AdapterSlots, head_state, initial_adapter, inject_lora, resolve_targets
+from sfl.model.lora import resolve_targets
 from sfl.settings import EdgeSettings
 from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1 import federation_pb2
@@ -86,7 +86,7 @@ async def _run(settings: EdgeSettings, described: Description, federation: Feder
             if agreement is None:
                 raise SflError(f"edge server {settings.name} was told to stop before all members had agreed")
             # On the worker's thread, which is the only one that computes: see SplitService.
-            loaded = worker.submit(settings.lowest_cut, partial(_load, settings, described.lora, list(agreement.labels)))
+            loaded = worker.submit(settings.lowest_cut, partial(load_half, settings, described.lora, list(agreement.labels)))
             half, slots, initial = await asyncio.wrap_future(loaded)
             engine = EdgeEngine(half, slots, settings.task, described.lora, described.fingerprint)
             versions = EdgeVersions(federation, settings.lowest_cut)
@@ -129,22 +129,6 @@ def _description(settings: EdgeSettings, config: PretrainedConfig, lora: LoraSpe
 def _provisioning(settings: EdgeSettings, described: Description, metrics: MetricsWriter) -> ProvisioningService:
     cache = HalfCache(settings.cache or default_folder("edge"), settings.cache_limit_mb)
     return ProvisioningService(described, cache, packer(settings.model), metrics)
-
-
-def _load(settings: EdgeSettings, lora: LoraSpec, labels: list[str]) -> tuple[EdgeHalf, AdapterSlots, AdapterState]:
-    """The edge's half of the base, where its adapters go, and version 0 as this edge would begin."""
-    half = load_edge_half(
-        settings.model,
-        settings.task,
-        settings.lowest_cut,
-        labels,
-        settings.precision,
-        settings.compute_format,
-        settings.run_on,
-        settings.seed,
-    )
-    initial = initial_adapter(half.config, settings.task, lora, head_state(half), settings.seed)
-    return half, inject_lora(half, lora), initial
 
 
 def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> federation_pb2.JoinRequest:

@@ -9,9 +9,9 @@ from sfl.data.settings import Task
 from sfl.model.cut import DeviceHalf, EdgeHalf, check_cut, drop_below, held_blocks
 from sfl.model.load import load_config, load_task_config, load_weights
 from sfl.model.packed import require_packed, require_whole
-from sfl.model.precision import DTYPES, compute_format, freeze_linears, require_runnable
+from sfl.model.precision import DTYPES, freeze_linears, require_runnable
 from sfl.model.skeleton import build_skeleton
-from sfl.settings import Compute, Precision, RunOn
+from sfl.settings import Compute, Precision, RunOn, compute_format
 
 
 def load_device_half(

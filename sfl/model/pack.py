@@ -22,11 +22,11 @@ from sfl.model.cut import DeviceHalf, check_cut
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config, load_task_config
 from sfl.model.packed import PackedHalf, require_packed, write_packed
-from sfl.model.precision import DTYPES, compute_format, freeze_linears, require_runnable
+from sfl.model.precision import DTYPES, freeze_linears, require_runnable
 from sfl.model.quantised import QuantisedLinear
 from sfl.model.skeleton import build_skeleton
 from sfl.model.weights import locate, require
-from sfl.settings import Precision
+from sfl.settings import Precision, compute_format
 
 _COPIED = (
     "config.json",
@@ -56,11 +56,11 @@ def pack_device_half(name_or_dir: str | Path, cut: int, precision: Precision, fo
     """
     check_cut(load_config(name_or_dir), cut)
     require_packed(name_or_dir, cut, precision)
-    require_runnable(precision, compute_format(precision, None), "cpu")
+    require_runnable(precision, compute_format(precision), "cpu")
     config = load_task_config(name_or_dir, "classification", ("0", "1"))
     model = build_skeleton(config, "classification")
     half = DeviceHalf(model, cut)
-    freeze_linears(half.own_blocks.values(), precision, compute_format(precision, None))
+    freeze_linears(half.own_blocks.values(), precision, compute_format(precision))
     entries = list(_entries(model, half, Checkpoint(name_or_dir), precision))
     folder.mkdir(parents=True, exist_ok=True)
     for name in _COPIED:

@@ -19,11 +19,6 @@ _QUANTISED: dict[str, type[QuantisedLinear]] = {"int8": Int8Linear, "nf4": Nf4Li
 _TOLERANCE = {"fp32": 0.02, "bf16": 0.02, "int8": 0.03, "nf4": 0.2}  # of one layer; nf4's own error is 0.09
 
 
-def compute_format(precision: Precision, compute: Compute | None) -> Compute:
-    """The number format of activations where none is asked for: fp32 for an fp32 base, else bf16."""
-    return compute or ("fp32" if precision == "fp32" else "bf16")
-
-
 def freeze_linears(blocks: Iterable[nn.Module], precision: Precision, compute: Compute) -> None:
     """Make the linear layers of a skeleton's blocks keep their weight in `precision`; biases stay in `compute`.
 

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfl.profiling.board.files import ROOT, number_in, text_of
+from sfl.profiling.board.memory import UNLIMITED, cgroups
 
-_UNLIMITED = 2**60  # version 1 has no word for it and gives a number near 2**63
+# Of a cgroup of version 1 and of 2: its limit, what it uses, and what of that is file cache.
+_NAMES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
+    2: ("memory.max", "memory.current", "inactive_file", "active_file"),
+}
 
 
 def available_memory(root: Path = ROOT) -> float | None:
@@ -31,21 +36,11 @@ def _kilobytes(path: Path, name: str) -> int | None:
 
 def _groups(root: Path) -> Iterator[int]:
     """Free bytes in each cgroup of this process that has a limit."""
-    for line in (text_of(root / "proc/self/cgroup") or "").splitlines():
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if number == "0" and not controllers:
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file", "active_file")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
-        else:
-            continue
-        own = mount / path.lstrip("/")
-        # In a container the path may be the host's, and the container's own group is mounted at the top.
-        for folder in {own, *(parent for parent in own.parents if parent.is_relative_to(mount)), mount}:
-            limit, used = number_in(folder / names[0]), number_in(folder / names[1])
-            if limit is not None and used is not None and limit < _UNLIMITED:
-                yield limit - used + _cached(folder, names[2:])
+    for folder, version in cgroups(root):
+        names = _NAMES[version]
+        limit, used = number_in(folder / names[0]), number_in(folder / names[1])
+        if limit is not None and used is not None and limit < UNLIMITED:
+            yield limit - used + _cached(folder, names[2:])
 
 
 def _cached(folder: Path, names: tuple[str, ...]) -> int:

@@ -13,15 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from sfl.errors import ModelError, SflError
 from sfl.planning.calibration import PRECISIONS, Calibration, installed_versions
 from sfl.planning.request import PlanRequest
 from sfl.settings import Precision
-
-if TYPE_CHECKING:
-    from sfl.profiling.recorder import Recorder
 
 _TIMEOUT_S = 900.0
 _STEPS = 4
@@ -108,13 +105,6 @@ def _write_model(folder: Path, sizes: dict[str, int]) -> None:
     tokenizer(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
 
 
-class _Nobody:
-    """A recorder that records nothing."""
-
-    def observe(self, *_: object, **__: object) -> None:
-        """Not this one."""
-
-
 def _train_device(model: str, precision: Precision, size: str) -> float:
     """Seconds of computing in a step."""
     from sfl.model.lean_imports import lean_imports
@@ -139,7 +129,7 @@ def _train_device(model: str, precision: Precision, size: str) -> float:
     )
     watch = _Watch()
     with watching(watch):
-        run_steps(settings, cast("Recorder", _Nobody()))
+        run_steps(settings)
     return min(watch.steps[1:])
 
 

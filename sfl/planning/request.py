@@ -8,7 +8,7 @@ from typing import Literal
 from sfl.adapters.layout import LoraSpec
 from sfl.data.settings import Task
 from sfl.errors import SettingsError
-from sfl.settings import Compute, DeviceSettings, Precision
+from sfl.settings import Compute, DeviceSettings, Precision, compute_format
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PlanRequest:
     @property
     def compute_format(self) -> Compute:
         """The number format of activations in force, on the device and between it and its edge."""
-        return self.compute or ("fp32" if self.precision == "fp32" else "bf16")
+        return compute_format(self.precision, self.compute)
 
     @property
     def precision_at_edge(self) -> Precision:
@@ -70,7 +70,7 @@ class PlanRequest:
         """The number format in which the edge computes."""
         if self.edge_precision is None:
             return self.compute_format
-        return "fp32" if self.edge_precision == "fp32" else "bf16"
+        return compute_format(self.edge_precision)
 
     @property
     def moments(self) -> int:

@@ -27,7 +27,7 @@ LABELS = ("a", "b")
 _TOKENS_IN_A_WORD = 8  # at most, so that no text is cut
 
 
-def run_steps(settings: DeviceSettings, recorder: Recorder) -> None:
+def run_steps(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
     """Load, tokenise, train `settings.steps` steps and one to count tensors in; `settings.data` is not looked at.
 
     Each step has other random tokens, all texts as long as `max_length`. Memory is treated as tight unless the settings say
@@ -47,7 +47,8 @@ def run_steps(settings: DeviceSettings, recorder: Recorder) -> None:
         half, slots = device.load_half()
     adapter = LocalAdapter(slots, _random_adapter(slots), device.cut, 1, device.optimizer)
     link = StandInEdge()
-    recorder.observe(half, adapter, link.traffic, count_in_step=settings.steps + 1)
+    if recorder is not None:
+        recorder.observe(half, adapter, link.traffic, count_in_step=settings.steps + 1)
     trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch, bool(settings.tight_memory))
     batches = _random_batches(settings, half.config.vocab_size, half.config.pad_token_id)
     for step in range(1, settings.steps + 2):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfl.profiling.board.files import ROOT, number_in, text_of
 
-_UNLIMITED = 2**60  # version 1 has no word for it and gives a number near 2**63
+UNLIMITED = 2**60  # version 1 has no word for it and gives a number near 2**63
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,24 @@ def cgroup_limit_mb(root: Path = ROOT) -> float | None:
 
     Raspberry Pi OS has the memory controller off unless `cgroup_enable=memory` stands in cmdline.txt: then there is none.
     """
-    limits = []
+    limits = [
+        number_in(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")) for folder, version in cgroups(root)
+    ]
+    real = [limit for limit in limits if limit is not None and limit < UNLIMITED]
+    return min(real) / 1e6 if real else None
+
+
+def cgroups(root: Path = ROOT) -> Iterator[tuple[Path, int]]:
+    """The folder of each cgroup that may limit this process's memory, its own and those around it, and its version, 1 or 2."""
     for line in (text_of(root / "proc/self/cgroup") or "").splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
-            mount, name = root / "sys/fs/cgroup", "memory.max"
+            mount, version = root / "sys/fs/cgroup", 2
         elif "memory" in controllers.split(","):
-            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            mount, version = root / "sys/fs/cgroup/memory", 1
         else:
             continue
         own = mount / path.lstrip("/")
         # In a container the path may be the host's, and the container's own group is mounted at the top.
-        around = [own, *(parent for parent in own.parents if parent.is_relative_to(mount)), mount]
-        limits += [limit for folder in around if (limit := number_in(folder / name)) is not None]
-    real = [limit for limit in limits if limit < _UNLIMITED]
-    return min(real) / 1e6 if real else None
+        around = {own, *(parent for parent in own.parents if parent.is_relative_to(mount)), mount}
+        yield from ((folder, version) for folder in around)
