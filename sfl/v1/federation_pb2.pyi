@@ -19,7 +19,7 @@ DEVICE: Role
 EDGE: Role
 
 class JoinRequest(_message.Message):
-    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length")
+    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length", "rank")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class JoinRequest(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     task: str
@@ -42,7 +43,8 @@ class JoinRequest(_message.Message):
     labels: _containers.RepeatedScalarFieldContainer[str]
     columns: _containers.RepeatedScalarFieldContainer[str]
     max_length: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ...) -> None: ...
+    rank: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ()
@@ -77,28 +79,40 @@ class Waiting(_message.Message):
     def __init__(self, joined: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
 
 class Agreement(_message.Message):
-    __slots__ = ("labels", "columns", "max_length", "policy")
+    __slots__ = ("labels", "columns", "max_length", "policy", "examples")
     LABELS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.RepeatedScalarFieldContainer[str]
     columns: _containers.RepeatedScalarFieldContainer[str]
     max_length: int
     policy: UploadPolicy
-    def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ...) -> None: ...
+    examples: int
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ..., examples: _Optional[int] = ...) -> None: ...
 
 class UploadPolicy(_message.Message):
-    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered")
+    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "feedback")
     KEEP_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FINAL_UPLOAD_FIELD_NUMBER: _ClassVar[int]
     PERIODIC_FIELD_NUMBER: _ClassVar[int]
     TRIGGERED_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_PARTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_EDGE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_FIELD_NUMBER: _ClassVar[int]
     keep_progress: bool
     final_upload: bool
     periodic: Periodic
     triggered: Triggered
-    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ...) -> None: ...
+    proximal: float
+    frozen_parts: _containers.RepeatedScalarFieldContainer[str]
+    shared_edge_adapter: bool
+    fresh_optimizer: bool
+    feedback: Feedback
+    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ..., feedback: _Optional[_Union[Feedback, _Mapping]] = ...) -> None: ...
 
 class Periodic(_message.Message):
     __slots__ = ("local_steps", "round_timeout_s")
@@ -109,7 +123,7 @@ class Periodic(_message.Message):
     def __init__(self, local_steps: _Optional[int] = ..., round_timeout_s: _Optional[float] = ...) -> None: ...
 
 class Triggered(_message.Message):
-    __slots__ = ("alpha", "beta", "min_steps", "validate_every", "threshold", "threshold_growth", "threshold_decay", "metric")
+    __slots__ = ("alpha", "beta", "min_steps", "validate_every", "threshold", "threshold_growth", "threshold_decay", "metric", "max_steps", "network")
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     BETA_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +132,8 @@ class Triggered(_message.Message):
     THRESHOLD_GROWTH_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_DECAY_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
     alpha: float
     beta: float
     min_steps: int
@@ -126,7 +142,33 @@ class Triggered(_message.Message):
     threshold_growth: float
     threshold_decay: float
     metric: str
-    def __init__(self, alpha: _Optional[float] = ..., beta: _Optional[float] = ..., min_steps: _Optional[int] = ..., validate_every: _Optional[int] = ..., threshold: _Optional[float] = ..., threshold_growth: _Optional[float] = ..., threshold_decay: _Optional[float] = ..., metric: _Optional[str] = ...) -> None: ...
+    max_steps: int
+    network: NetworkSense
+    def __init__(self, alpha: _Optional[float] = ..., beta: _Optional[float] = ..., min_steps: _Optional[int] = ..., validate_every: _Optional[int] = ..., threshold: _Optional[float] = ..., threshold_growth: _Optional[float] = ..., threshold_decay: _Optional[float] = ..., metric: _Optional[str] = ..., max_steps: _Optional[int] = ..., network: _Optional[_Union[NetworkSense, _Mapping]] = ...) -> None: ...
+
+class NetworkSense(_message.Message):
+    __slots__ = ("budget", "lowest", "highest")
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    LOWEST_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    budget: float
+    lowest: float
+    highest: float
+    def __init__(self, budget: _Optional[float] = ..., lowest: _Optional[float] = ..., highest: _Optional[float] = ...) -> None: ...
+
+class Feedback(_message.Message):
+    __slots__ = ("decrease", "increase", "lowest", "patience", "margin")
+    DECREASE_FIELD_NUMBER: _ClassVar[int]
+    INCREASE_FIELD_NUMBER: _ClassVar[int]
+    LOWEST_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
+    decrease: float
+    increase: float
+    lowest: float
+    patience: int
+    margin: float
+    def __init__(self, decrease: _Optional[float] = ..., increase: _Optional[float] = ..., lowest: _Optional[float] = ..., patience: _Optional[int] = ..., margin: _Optional[float] = ...) -> None: ...
 
 class Published(_message.Message):
     __slots__ = ("version",)
@@ -173,20 +215,32 @@ class ProposeReply(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("submission", "device", "half", "version", "examples", "steps")
+    __slots__ = ("submission", "device", "half", "version", "examples", "steps", "link")
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HALF_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     submission: str
     device: str
     half: Role
     version: int
     examples: int
     steps: int
-    def __init__(self, submission: _Optional[str] = ..., device: _Optional[str] = ..., half: _Optional[_Union[Role, str]] = ..., version: _Optional[int] = ..., examples: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+    link: Link
+    def __init__(self, submission: _Optional[str] = ..., device: _Optional[str] = ..., half: _Optional[_Union[Role, str]] = ..., version: _Optional[int] = ..., examples: _Optional[int] = ..., steps: _Optional[int] = ..., link: _Optional[_Union[Link, _Mapping]] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("bytes_per_s", "round_trip_s", "failures")
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    bytes_per_s: float
+    round_trip_s: float
+    failures: int
+    def __init__(self, bytes_per_s: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
     __slots__ = ()
@@ -199,16 +253,18 @@ class VersionHeader(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("name", "version", "first_layer", "last_layer")
+    __slots__ = ("name", "version", "first_layer", "last_layer", "rank")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     first_layer: int
     last_layer: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ...) -> None: ...
+    rank: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("name",)

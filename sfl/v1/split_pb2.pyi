@@ -74,7 +74,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., decay_steps: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed", "dtype")
+    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed", "dtype", "rank", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,11 @@ class Open(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_PARTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_EDGE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     session: str
     device: str
     task: str
@@ -95,7 +100,12 @@ class Open(_message.Message):
     optimizer: Optimizer
     seed: int
     dtype: str
-    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    rank: int
+    proximal: float
+    frozen_parts: _containers.RepeatedScalarFieldContainer[str]
+    shared_edge_adapter: bool
+    fresh_optimizer: bool
+    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("last_step",)
@@ -104,12 +114,14 @@ class Opened(_message.Message):
     def __init__(self, last_step: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "version")
+    __slots__ = ("step", "version", "learning_rate_factor")
     STEP_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FACTOR_FIELD_NUMBER: _ClassVar[int]
     step: int
     version: int
-    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+    learning_rate_factor: float
+    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("step", "version", "loss", "layer_norms")
