@@ -38,7 +38,6 @@ from sfl.device.prepare import PreparedDevice
 from sfl.device.trainer import DeviceTrainer
 from sfl.model.default import default_model
 from sfl.model.load import load_task_model
-from sfl.model.local_adapter import LocalAdapter
 from sfl.settings import DeviceSettings
 from sfl.wire.federation import FederationClient
 from sfl.wire.split import CutBatch, StepResult
@@ -61,9 +60,9 @@ class TimedLink(GrpcEdgeLink):
 
     waited_s = 0.0
 
-    def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
         started = time.perf_counter()
-        result = super().step(step, version, batch)
+        result = super().step(step, version, batch, rate_factor)
         self.waited_s = time.perf_counter() - started
         return result
 
@@ -103,12 +102,13 @@ def be_device(config: Path) -> None:
     device = PreparedDevice.of(settings)
     federation = FederationClient(settings.federation, settings.name, settings.wait_s)
     federation.join(device.join_request())
-    plan = device.plan(list(federation.agreement(120).labels))
+    agreement = federation.agreement(120)
+    plan = device.plan(list(agreement.labels))
     half, slots = device.load_half()
     version = federation.version(0, 300)
     state = federation.fetch(version, 0, settings.cut)
-    adapter = LocalAdapter(slots, state, settings.cut, version, device.optimizer)
-    link = TimedLink(settings.edge, device.session_request(version), 120, 120)
+    adapter = device.adapter(slots, state, version, agreement.policy)
+    link = TimedLink(settings.edge, device.session_request(version, agreement.policy), 120, 120)
     trainer = DeviceTrainer(half, adapter, link, settings.task)
     print("ready", flush=True)
     for number, _ in enumerate(sys.stdin, start=1):

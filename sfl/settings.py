@@ -8,18 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sfl.adapters.layout import LoraSpec
+from sfl.base_settings import Settings
 from sfl.data.settings import DataSettings, Task
 from sfl.errors import SettingsError
+from sfl.federation_settings import (
+    MergeName,
+    PrivacySettings,
+    RobustSettings,
+    check_together,
+    fitting,
+)
+from sfl.federation_settings import StrategySettings as StrategySettings
 from sfl.wire.address import check_address
 
 Precision = Literal["fp32", "bf16", "int8", "nf4"]
 Compute = Literal["fp32", "bf16"]
 RunOn = Literal["cpu", "cuda"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-Weights = Literal["frequency", "examples", "share"]
 
 
 def compute_format(precision: Precision, compute: Compute | None = None) -> Compute:
@@ -58,12 +66,6 @@ Address = Annotated[str, AfterValidator(_check_address)]
 Name = Annotated[str, AfterValidator(_check_name)]
 
 
-class Settings(BaseModel):
-    """Base of all settings: never changed once read, and no key that is not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 class LoraSettings(Settings):
     """The adapter's shape; the same on every device and edge of one federation."""
 
@@ -90,84 +92,6 @@ class OptimizerSettings(Settings):
     )
 
 
-# Where a strategy's own defaults are not those of gsfs.
-_OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gsfs-printed": {
-        "weights": "frequency",
-        "keep_progress": False,
-        "final_upload": False,
-        "min_steps": 1,
-        "threshold": 0.3,
-        "threshold_growth": 1.0,
-        "threshold_decay": 1.0,
-    },
-    "fedavg": {"weights": "examples", "keep_progress": False},
-}
-
-
-def _differs(name: str, description: str) -> str:
-    """The description of a setting whose default is another with some strategies, with these defaults."""
-    words = {True: "yes", False: "no"}
-    own = {strategy: values[name] for strategy, values in _OWN_DEFAULTS.items() if name in values}
-    shown = (f"{words[value] if isinstance(value, bool) else value} with {strategy}" for strategy, value in own.items())
-    return f"{description}; by default {', '.join(shown)}"
-
-
-class StrategySettings(Settings):
-    """How updates become a new global version, and when devices upload; what is left open is the named strategy's default."""
-
-    name: Literal["gsfs", "gsfs-printed", "fedavg"] = Field("gsfs", description="strategy")
-    quorum: float = Field(0.6, gt=0, le=1, description="fraction of the devices whose updates make a new version")
-    weights: Weights = Field(
-        "share",
-        description=_differs(
-            "weights",
-            "a device's weight: its share of all submissions so far (frequency) or examples (examples) of the devices in the "
-            "pool, or of the examples of all devices (share)",
-        ),
-    )
-    keep_progress: bool = Field(
-        True, description=_differs("keep_progress", "keep what was learnt and not uploaded when a new version is adopted")
-    )
-    final_upload: bool = Field(True, description=_differs("final_upload", "upload once more after the last step"))
-    local_steps: int = Field(10, ge=1, description="steps of a device in a round (fedavg)")
-    round_timeout_s: float = Field(600.0, gt=0, description="seconds after which a round ends without those missing (fedavg)")
-    alpha: float = Field(0.9, gt=0, lt=1, description="smoothing of the gradient norm's moving mean and deviation (gsfs)")
-    beta: float = Field(2.0, ge=0, description="deviations above the mean that make a gradient norm trigger (gsfs)")
-    min_steps: int = Field(
-        10, ge=1, description=_differs("min_steps", "least number of steps between two uploads of a device (gsfs)")
-    )
-    validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
-    threshold: float = Field(
-        0.1,
-        gt=0,
-        description=_differs(
-            "threshold", "change of the metric that triggers an upload, as a share of its reference, at the start (gsfs)"
-        ),
-    )
-    threshold_growth: float = Field(
-        1.5, ge=1, description=_differs("threshold_growth", "factor on the threshold after it triggered (gsfs)")
-    )
-    threshold_decay: float = Field(
-        0.8, gt=0, le=1, description=_differs("threshold_decay", "factor on the threshold after it did not trigger (gsfs)")
-    )
-    metric: Literal["loss", "accuracy", "f1"] = Field("loss", description="metric of the local validation that is watched (gsfs)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, given: Any) -> Any:
-        """What is left open by the defaults of the strategy that is named."""
-        if not isinstance(given, dict):
-            return given
-        return {**_OWN_DEFAULTS.get(str(given.get("name")), {}), **given}
-
-    @model_validator(mode="after")
-    def _check(self) -> StrategySettings:
-        if self.name == "fedavg" and self.weights != "examples":
-            raise ValueError(f"fedavg weighs by examples: strategy.weights '{self.weights}' needs gsfs")
-        return self
-
-
 class DaemonSettings(Settings):
     """What all three daemons are told."""
 
@@ -187,10 +111,25 @@ class FedSettings(DaemonSettings):
     labels: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
         (), description="labels fixed beforehand; empty: all that the devices have seen"
     )
-    strategy: StrategySettings = Field(default_factory=StrategySettings, description="how updates become versions")
+    merge: MergeName = Field("average", description="how the LoRA factors of several devices become one adapter")
+    strategy: StrategySettings = Field(
+        default_factory=StrategySettings, validate_default=True, description="how updates become versions"
+    )
+    robust: RobustSettings = Field(default_factory=RobustSettings, description="what attackers among the devices cannot do")
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="differential privacy of updates")
     half_expires_s: float = Field(600.0, gt=0, description="seconds that half an update waits for its other half")
     away_after_s: float = Field(60.0, gt=0, description="seconds of silence after which a device is away and not waited for")
     join_wait_s: float = Field(600.0, gt=0, description="seconds after the start in which devices yet to join are waited for")
+
+    @field_validator("strategy")
+    @classmethod
+    def _fit(cls, strategy: StrategySettings, info: ValidationInfo) -> StrategySettings:
+        return fitting(strategy, info.data.get("merge", "average"))
+
+    @model_validator(mode="after")
+    def _check(self) -> FedSettings:
+        check_together(self.strategy, self.merge, self.robust, self.privacy)
+        return self
 
 
 class WorkerSettings(DaemonSettings):
@@ -258,6 +197,7 @@ class DeviceSettings(WorkerSettings):
     cut: Cut = Field(
         1, description="cut layer: number of blocks that run on the device; auto: as `sfl plan` recommends for its free memory"
     )
+    rank: int | None = Field(None, ge=1, description="rank of this device's LoRA factors, at most lora.rank; left out: lora.rank")
     tight_memory: bool | None = Field(
         None,
         description="give freed memory back to the system at once, for slower steps; left out: where less than 2000 MB are free",

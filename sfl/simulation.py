@@ -1,129 +1,179 @@
 """The whole system in one process, without a network: the engines of all three daemons, called in turn.
 
-For tests and experiments. The settings are the daemons' own; devices take turns, one step each, so a run depends on
-nothing but its settings and seeds.
+For experiments and tests. The settings are the daemons' own, and so are the messages, which are encoded, checked and counted as
+on the wire (`sfl.local_links`). Devices take turns, one step each, in the order of a simulated time, so a run depends on nothing
+but its settings and seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import torch
 
+from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState
+from sfl.data.split import Splits
 from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
-from sfl.edge_server.engine import EdgeEngine, Session
+from sfl.edge_server.engine import EdgeEngine
 from sfl.edge_server.load import load_half
 from sfl.errors import SettingsError, SflError
 from sfl.fed_server.coordinator import Federation, Placement
-from sfl.fed_server.messages import half_from_wire, member_from_wire
-from sfl.fed_server.pool import Half
+from sfl.fed_server.messages import member_from_wire
 from sfl.fed_server.versions import VersionStore
-from sfl.model.local_adapter import LocalAdapter
+from sfl.local_links import LocalEdge, LocalEdgeServer, LocalFederation, Tamper
+from sfl.model.cut import DeviceHalf, EdgeHalf
+from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings, WorkerSettings
+from sfl.simulated_time import Clock, Pace, Post
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2
-from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
+from sfl.wire.frames import Traffic
 
 _EDGE = "edge"
+_TICK_S = 1.0  # of simulated time, as the federation server's daemon ticks
+_GIVE_UP_S = 3600.0  # of simulated time in which nothing but ticks happens
 
 
-class LocalFederation:
-    """The federation server, called directly by the device `name`."""
+class LoadedHalves:
+    """Halves of bases, loaded once for all devices and runs that can share them, as adapters are mounted in turn.
 
-    def __init__(self, federation: Federation, name: str) -> None:
-        self._federation = federation
-        self._name = name
+    All devices' halves are kept, and the edge's last one.
+    """
 
-    @property
-    def newest(self) -> int | None:
-        return self._federation.version
+    def __init__(self) -> None:
+        self._devices: dict[tuple[Any, ...], tuple[DeviceHalf, AdapterSlots]] = {}
+        self._edge: tuple[tuple[Any, ...], tuple[EdgeHalf, AdapterSlots, AdapterState]] | None = None
 
-    @property
-    def finished(self) -> bool:
-        return self._federation.finished
+    def device(self, device: PreparedDevice) -> tuple[DeviceHalf, AdapterSlots]:
+        """As `PreparedDevice.load_half`."""
+        settings = device.settings
+        formats = (settings.precision, settings.compute_format, settings.run_on)
+        key = (device.model, device.lora, device.cut, settings.checkpointing, *formats)
+        if key not in self._devices:
+            self._devices[key] = device.load_half()
+        return self._devices[key]
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        return self._federation.fetch(self._name, version, first_layer, last_layer)
+    def edge(self, settings: EdgeSettings, lora: LoraSpec, labels: Sequence[str]) -> tuple[EdgeHalf, AdapterSlots, AdapterState]:
+        """As `sfl.edge_server.load.load_half`."""
+        shape = (settings.model, settings.task, settings.lowest_cut, settings.seed, lora, tuple(labels))
+        key = (*shape, settings.precision, settings.compute_format, settings.run_on)
+        if self._edge is None or self._edge[0] != key:
+            self._edge = None  # before the next one takes its memory
+            self._edge = key, load_half(settings, lora, labels)
+        return self._edge[1]
 
-    def submit(self, header: federation_pb2.UpdateHeader, state: AdapterState) -> None:
-        self._federation.submit(half_from_wire(header), state)
 
+@dataclass(frozen=True)
+class Published:
+    """A version as it came: `steps` local steps of all devices before it, bytes that the federation server had received and
+    sent, and the seconds since the start, simulated and on this machine."""
 
-class LocalEdge:
-    """The edge server, called directly by one device. Its half of a submission reaches the federation server first."""
-
-    def __init__(self, engine: EdgeEngine, federation: Federation, request: SessionRequest) -> None:
-        self._engine = engine
-        self._federation = federation
-        self._session: Session = engine.open(request, federation.fetch(_EDGE, request.version, request.cut))
-
-    def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
-        return self._engine.step(self._session, step, version, batch)
-
-    def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
-        return self._engine.evaluate(self._session, version, batch)
-
-    def submit(self, submission: str, version: int) -> None:
-        progress = self._engine.take_progress(self._session, submission, version)
-        self._federation.submit(Half(submission, self._session.request.device, "edge", version), progress)
-
-    def adopt(self, version: int, keep_progress: bool) -> None:
-        state = self._federation.fetch(_EDGE, version, self._session.request.cut)
-        self._engine.adopt(self._session, version, state, keep_progress)
-
-    def values(self) -> AdapterState:
-        """The edge's half of the device's adapter."""
-        return self._session.adapter.values()
+    version: int
+    steps: int
+    bytes_received: int
+    bytes_sent: int
+    simulated_s: float
+    wall_s: float
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A finished simulation: the federation with its last version, and each device's own adapter after its last step."""
+    """A finished simulation: the federation with its last version, each device's own adapter after its last step, the
+    trainers, which can still evaluate, when each version came, and the bytes that the servers have counted."""
 
     federation: Federation
     local: dict[str, AdapterState]
+    trainers: dict[str, DeviceTrainer]
+    published: list[Published]
+    fed_traffic: Traffic
+    edge_traffic: Traffic  # between the edge and its devices
+    device_traffic: dict[str, tuple[Traffic, Traffic]]  # with the edge, and with the federation server
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a simulation has that daemons have not: who is how fast, examples that replace a device's own, tampered updates."""
+
+    paces: Mapping[str, Pace] = field(default_factory=dict)
+    splits: Mapping[str, Splits] = field(default_factory=dict)
+    tamper: Tamper | None = None
 
 
 @dataclass(frozen=True)
 class _Running:
     run: DeviceRun
-    seed: int
+    turns: Iterator[Progress]
+    clock: Clock
     trainer: DeviceTrainer
     edge: LocalEdge
+    federation: LocalFederation
 
     def local_adapter(self) -> AdapterState:
         return self.trainer.adapter.values() | self.edge.values()
 
 
-def simulate(fed: FedSettings, devices: Sequence[DeviceSettings], out: Path, edge: EdgeSettings | None = None) -> Simulated:
+def simulate(
+    fed: FedSettings,
+    devices: Sequence[DeviceSettings],
+    out: Path,
+    edge: EdgeSettings | None = None,
+    *,
+    conditions: Conditions | None = None,
+    halves: LoadedHalves | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Simulated:
     """Run `devices` to their end; versions and metrics are written below `out`, as by the daemons of a demo.
 
-    All devices have the same model. Without `edge` the edge server is set as the first device is.
+    All devices have the same model. Without `edge` the edge server is set as the first device is. `on_step` hears the number of
+    local steps so far, of all devices together.
     """
-    prepared = [PreparedDevice.of(settings) for settings in devices]
+    conditions, halves, started = conditions or Conditions(), halves or LoadedHalves(), monotonic()
+    prepared = [PreparedDevice.of(settings, conditions.splits.get(settings.name)) for settings in devices]
     first = prepared[0]
+    time, post, traffic = Clock(), Post(), Traffic()
+    running: dict[str, _Running] = {}
+    published: list[Published] = []
     with ExitStack() as files:
         metrics = files.enter_context(MetricsWriter(out / fed.name / "metrics.jsonl"))
-        federation = Federation(fed, VersionStore(fed.adapters or out / "adapters"), metrics)
+        federation = Federation(fed, VersionStore(fed.adapters or out / "adapters"), metrics, clock=time)
+
+        def note_version() -> None:
+            version = federation.version
+            if version is not None and version > (published[-1].version if published else -1):
+                steps = sum(device.run.steps for device in running.values())
+                counted = traffic.received, traffic.sent
+                published.append(Published(version, steps, *counted, time.now, monotonic() - started))
+
+        federation.on_change = note_version
         for device in prepared:
             federation.join(member_from_wire(device.join_request()))
             federation.watch_begins(device.settings.name)
         if federation.agreement is None or len(devices) < fed.devices:
             raise federation.failure or SettingsError(f"{fed.devices} devices are expected, {len(devices)} take part")
-        engine = _edge(federation, edge or _edge_like(first.settings), first, federation.agreement.labels)
-        running = {}
+        server = _edge(federation, edge or _edge_like(first.settings), first, traffic, conditions, halves)
         for device in prepared:
             own = files.enter_context(MetricsWriter(out / device.settings.name / "metrics.jsonl"))
-            running[device.settings.name] = _begin(device, federation, engine, own)
-        _take_turns(running, federation)
-    return Simulated(federation, {name: device.local_adapter() for name, device in running.items()})
+            running[device.settings.name] = _begin(device, federation, server, traffic, post, own, conditions, halves)
+        _take_turns(running, federation, post, time, on_step)
+    return Simulated(
+        federation,
+        {name: device.local_adapter() for name, device in running.items()},
+        {name: device.trainer for name, device in running.items()},
+        published,
+        traffic,
+        server.traffic,
+        {name: (device.edge.traffic, device.federation.traffic) for name, device in running.items()},
+    )
 
 
 def _edge_like(device: DeviceSettings) -> EdgeSettings:
@@ -131,44 +181,97 @@ def _edge_like(device: DeviceSettings) -> EdgeSettings:
     return EdgeSettings(name=_EDGE, **shared)
 
 
-def _edge(federation: Federation, settings: EdgeSettings, first: PreparedDevice, labels: Sequence[str]) -> EdgeEngine:
+def _edge(
+    federation: Federation,
+    settings: EdgeSettings,
+    first: PreparedDevice,
+    traffic: Traffic,
+    conditions: Conditions,
+    halves: LoadedHalves,
+) -> LocalEdgeServer:
+    """The edge server, which has joined and proposed version 0."""
+    if federation.agreement is None:
+        raise SettingsError("an edge needs the agreement of all devices")
     request = first.join_request()
-    request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, settings.lowest_cut
+    request.name, request.role, request.cut, request.rank = _EDGE, federation_pb2.EDGE, settings.lowest_cut, 0
     federation.join(member_from_wire(request))
-    half, slots, initial = load_half(settings, first.lora, labels)
+    half, slots, initial = halves.edge(settings, first.lora, federation.agreement.labels)
     head = half.family.head if settings.task == "classification" else ()
-    federation.propose(_EDGE, Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)
-    return EdgeEngine(half, slots, settings.task, first.lora, first.fingerprint)
+    link = LocalFederation(federation, _EDGE, traffic, tamper=conditions.tamper)
+    link.propose(Placement(half.family.blocks, head, half.config.num_hidden_layers), initial)
+    return LocalEdgeServer(EdgeEngine(half, slots, settings.task, first.lora, first.fingerprint), link)
 
 
-def _begin(device: PreparedDevice, federation: Federation, engine: EdgeEngine, metrics: MetricsWriter) -> _Running:
+def _begin(
+    device: PreparedDevice,
+    federation: Federation,
+    server: LocalEdgeServer,
+    traffic: Traffic,
+    post: Post,
+    metrics: MetricsWriter,
+    conditions: Conditions,
+    halves: LoadedHalves,
+) -> _Running:
     settings, version = device.settings, federation.version
     if federation.agreement is None or version is None:
         raise SettingsError("a run needs the agreement and version 0")
-    half, slots = device.load_half()
-    link = LocalFederation(federation, settings.name)
-    state = link.fetch(version, 0, device.cut)
-    adapter = LocalAdapter(slots, state, device.cut, version, device.optimizer)
-    edge = LocalEdge(engine, federation, device.session_request(version))
+    half, slots = halves.device(device)
+    pace, clock = conditions.paces.get(settings.name, Pace()), Clock()
+    link = LocalFederation(
+        federation, settings.name, traffic, rank=device.rank, pace=pace, clock=clock, post=post, tamper=conditions.tamper
+    )
+    policy = federation.policy(device.settings.name)
+    adapter = device.adapter(slots, link.fetch(version, 0, device.cut), version, policy)
+    edge = LocalEdge(server, device.session_request(version, policy), pace, clock)
     plan = device.plan(federation.agreement.labels)
     trainer = DeviceTrainer(half, adapter, edge, settings.task, settings.micro_batch)
-    seed = dropout_seed(settings.seed, settings.name, "device")
-    return _Running(DeviceRun(plan, trainer, federation.policy(), link, metrics), seed, trainer, edge)
+    run = DeviceRun(plan, trainer, policy, link, metrics, (edge.traffic, link.traffic), link.uplink, clock)
+    turns = _own_chance(run, dropout_seed(settings.seed, settings.name, "device"))
+    return _Running(run, turns, clock, trainer, edge, link)
 
 
-def _take_turns(running: Mapping[str, _Running], federation: Federation) -> None:
-    going = {name: _own_chance(device.run, device.seed) for name, device in running.items()}
+def _take_turns(
+    running: Mapping[str, _Running], federation: Federation, post: Post, time: Clock, on_step: Callable[[int], None] | None
+) -> None:
+    """What comes first happens first: an arrival, the federation server's tick each second, or the turn of a device.
+
+    A device that waits for a version sleeps until it is there. Raises `SflError` when all have waited too long.
+    """
+    going, waiting, ended = dict(running), set[str](), set[str]()
+    heard = 0.0  # when something other than a tick last happened
     while going:
-        trained = False
-        version = federation.version
-        for name, run in list(going.items()):
-            progress = next(run, None)
-            trained = trained or progress is Progress.TRAINED
-            if progress is None:
-                del going[name]
-                federation.leave(name)
-        if going and not trained and federation.version == version:
-            raise SflError(f"{', '.join(going)} wait for a version that nobody will bring about")
+        name = min((name for name in going if name not in waiting), key=lambda name: going[name].clock.now, default=None)
+        next_turn = math.inf if name is None else going[name].clock.now
+        version, coming = federation.version, min(post.next_s, next_turn)
+        time.now = min(coming, math.floor(time.now / _TICK_S + 1) * _TICK_S)
+        if time.now < coming:
+            federation.tick()
+            if coming == math.inf and time.now - heard > _GIVE_UP_S:
+                raise SflError(f"{', '.join(going)} wait for a version that nobody will bring about")
+        else:
+            heard = time.now
+            if coming == post.next_s:
+                post.deliver()
+            elif name is not None:
+                _turn(name, going, waiting, ended, federation)
+                if on_step is not None:
+                    on_step(sum(device.run.steps for device in running.values()))
+        if federation.version != version or federation.finished:
+            for other in waiting:
+                going[other].clock.now = max(going[other].clock.now, time.now)
+            waiting.clear()
+
+
+def _turn(name: str, going: dict[str, _Running], waiting: set[str], ended: set[str], federation: Federation) -> None:
+    if name in ended:
+        going.pop(name).edge.close()
+        federation.leave(name)
+        return
+    progress = next(going[name].turns, None)
+    if progress is None:
+        ended.add(name)  # it leaves once what it has sent has arrived
+    elif progress is Progress.WAITING:
+        waiting.add(name)
 
 
 def _own_chance(run: DeviceRun, seed: int) -> Iterator[Progress]:

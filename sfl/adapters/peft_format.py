@@ -2,26 +2,31 @@
 
 A folder holds `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained` expects them for the
 uncut model, and `sfl.json` with the `AdapterLayout`, which PEFT leaves alone.
+
+Frozen factors are written as more rows of A and columns of B: [A; frozen_A; 0] and [B, frozen_B, 0], filled up with zeros
+to one rank r for all modules, with a lora_alpha that leaves alpha / r what it was. `sfl.json` says how many each module has.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sfl.adapters.completeness import require_complete
+from sfl.adapters.disk import sync
+from sfl.adapters.frozen_rows import Frozen, counts, joined, parted
 from sfl.adapters.layout import AdapterLayout, LoraSpec
-from sfl.adapters.state import HEAD, AdapterKey, AdapterState, Array
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
 from sfl.errors import AdapterError
 
 TENSORS = "adapter_model.safetensors"
@@ -38,26 +43,46 @@ class AdapterWriteError(AdapterError):
     """An adapter's folder cannot be written, because the disk is full, say: trying again may help."""
 
 
-def write(folder: Path, state: Mapping[AdapterKey, Array], layout: AdapterLayout) -> None:
+class _About(NamedTuple):
+    """What sfl.json says."""
+
+    layout: AdapterLayout
+    frozen: Frozen
+
+
+def write(
+    folder: Path, state: Mapping[AdapterKey, Array], layout: AdapterLayout, extras: Mapping[str, bytes] | None = None
+) -> None:
     """Write a whole adapter to `folder`, which must not exist yet: it is there with all its files or not at all, even
-    if the machine loses power.
+    if the machine loses power. `extras` are more files, by name.
 
     Raises `AdapterError` when the adapter does not fit `layout`, `AdapterWriteError` when the folder cannot be written.
     """
-    _require_complete(state, layout)
-    tensors = {_tensor_name(key, layout): np.ascontiguousarray(value, dtype=np.float32) for key, value in state.items()}
+    require_complete(state, layout)
+    frozen = counts(state)
+    rank = layout.lora.rank + max(frozen.values(), default=0)
+    tensors = {
+        _tensor_name(key, layout): np.ascontiguousarray(joined(key, value, state, rank), dtype=np.float32)
+        for key, value in state.items()
+        if key.part not in (FROZEN_A, FROZEN_B)
+    }
+    about: dict[str, Any] = {"format": _FORMAT, "layout": dataclasses.asdict(layout)}
+    if frozen:
+        about["frozen"] = {f"{layer}/{module}": count for (layer, module), count in frozen.items()}
     if folder.exists():
         raise AdapterWriteError(f"cannot write the adapter to {folder}: it exists already")
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
-        _write_json(unfinished / CONFIG, _peft_config(layout))
-        _write_json(unfinished / LAYOUT, {"format": _FORMAT, "layout": dataclasses.asdict(layout)})
+        _write_json(unfinished / CONFIG, _peft_config(layout, rank))
+        _write_json(unfinished / LAYOUT, about)
+        for name, content in (extras or {}).items():
+            (unfinished / name).write_bytes(content)
         for path in (*unfinished.iterdir(), unfinished):
-            _sync(path)
+            sync(path)
         unfinished.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise AdapterWriteError(f"cannot write the adapter to {folder}: {error}") from error
@@ -77,15 +102,18 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
     """
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder {folder}")
-    layout = read_layout(folder)
+    layout, frozen = _read_about(folder)
     try:
         tensors = load_file(folder / TENSORS)
     except FileNotFoundError as error:
         raise AdapterError(f"{folder} holds no {TENSORS}: the adapter is incomplete") from error
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(f"{folder / TENSORS} is damaged: {error}") from error
-    state = {_adapter_key(name, layout): value.astype(np.float32, copy=False) for name, value in tensors.items()}
-    _require_complete(state, layout)
+    state: AdapterState = {}
+    for name, value in tensors.items():
+        key = _adapter_key(name, layout)
+        state |= parted(key, value.astype(np.float32, copy=False), layout.lora.rank, frozen)
+    require_complete(state, layout)
     for key, value in state.items():
         if not np.isfinite(value).all():
             raise AdapterError(f"adapter tensor {key} in {folder} holds values that are not finite")
@@ -94,6 +122,10 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
 
 def read_layout(folder: Path) -> AdapterLayout:
     """The layout of the adapter in `folder`, without its tensors. Raises `AdapterError` when sfl did not write it."""
+    return _read_about(folder).layout
+
+
+def _read_about(folder: Path) -> _About:
     path = folder / LAYOUT
     if not path.is_file():
         raise AdapterError(f"{folder} holds no {LAYOUT}: it was not written by sfl, which needs it to know labels and layers")
@@ -106,8 +138,12 @@ def read_layout(folder: Path) -> AdapterLayout:
         lora["target_modules"] = tuple(lora["target_modules"])
         for name in ("head", "labels", "columns"):
             fields[name] = tuple(fields[name])
-        return AdapterLayout(lora=LoraSpec(**lora), **fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        frozen: Frozen = {}
+        for name, count in document.get("frozen", {}).items():
+            layer, _, module = name.partition("/")
+            frozen[int(layer), module] = int(count)
+        return _About(AdapterLayout(lora=LoraSpec(**lora), **fields), frozen)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} is damaged: {error!r}") from error
 
 
@@ -129,45 +165,16 @@ def _adapter_key(name: str, layout: AdapterLayout) -> AdapterKey:
     raise AdapterError(f"'{name}' is no LoRA tensor of a block in {layout.blocks}")
 
 
-def _require_complete(state: Mapping[AdapterKey, Array], layout: AdapterLayout) -> None:
-    """Raise `AdapterError` unless every block has the same A and B at the layout's rank and the head is what it says."""
-    modules = sorted({(key.module, key.part) for key in state if key.layer != HEAD})
-    if not modules:
-        raise AdapterError("the adapter has no LoRA tensors at all")
-    expected = {AdapterKey(layer, module, part) for layer in range(layout.num_layers) for module, part in modules}
-    expected |= {AdapterKey(layer, module, part) for layer, module, _ in expected for part in ("A", "B")}
-    actual = {key for key in state if key.layer != HEAD}
-    for key in sorted(expected ^ actual):
-        problem = "missing from" if key in expected else f"outside the {layout.num_layers} layers of"
-        raise AdapterError(f"adapter tensor {key} is {problem} the adapter")
-    rank = layout.lora.rank
-    for key in sorted(actual):
-        shape = state[key].shape
-        if len(shape) != 2 or shape[0 if key.part == "A" else 1] != rank:
-            raise AdapterError(f"adapter tensor {key} has shape {shape}, which does not go with LoRA rank {rank}")
-    head = sorted({key.module for key in state if key.layer == HEAD})
-    for path in layout.head:
-        if not any(_inside(module, path) for module in head):
-            raise AdapterError(f"the adapter lacks the task head '{path}'")
-    for module in head:
-        if not any(_inside(module, path) for path in layout.head):
-            raise AdapterError(f"'{module}' is no part of the task head, which is {', '.join(layout.head) or 'none'}")
-
-
-def _inside(module: str, path: str) -> bool:
-    return module == path or module.startswith(f"{path}.")
-
-
-def _peft_config(layout: AdapterLayout) -> dict[str, Any]:
-    """What peft.LoraConfig saves; peft itself turns `fan_in_fan_out` on for GPT-2's transposed layers."""
+def _peft_config(layout: AdapterLayout, rank: int) -> dict[str, Any]:
+    """What peft.LoraConfig saves, for files of this rank; peft itself turns `fan_in_fan_out` on for GPT-2's transposed layers."""
     if layout.task not in _TASK_TYPES:
         raise AdapterError(f"task '{layout.task}' is unknown: PEFT's format is written for {', '.join(_TASK_TYPES)}")
     return {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES[layout.task],
         "base_model_name_or_path": layout.base_model,
-        "r": layout.lora.rank,
-        "lora_alpha": layout.lora.alpha,
+        "r": rank,
+        "lora_alpha": layout.lora.alpha if rank == layout.lora.rank else layout.lora.alpha / layout.lora.rank * rank,
         "lora_dropout": layout.lora.dropout,
         "target_modules": list(layout.lora.target_modules),
         "modules_to_save": list(layout.head) or None,
@@ -176,15 +183,6 @@ def _peft_config(layout: AdapterLayout) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or which files are in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

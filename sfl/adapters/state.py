@@ -11,15 +11,17 @@ import numpy.typing as npt
 from sfl.errors import AdapterError
 
 HEAD = 1 << 20  # sorts after every block, so the head belongs to the edge's half at any cut
+FROZEN_A, FROZEN_B = "frozen_A", "frozen_B"
 
 Array = npt.NDArray[np.float32]
 
 
 class AdapterKey(NamedTuple):
-    """Names one trained tensor: block index, module inside the block, and which of its tensors.
+    """Names one tensor: block index, module inside the block, and which of its tensors.
 
     For LoRA `part` is "A" (shape rank x in) or "B" (shape out x rank) and `module` is relative to the block, as in
-    `AdapterKey(3, "self_attn.q_proj", "A")`. The task head has `layer == HEAD`, `module` relative to the model and
+    `AdapterKey(3, "self_attn.q_proj", "A")`. "frozen_A" (F x in) and "frozen_B" (out x F) are there where a merge has made
+    them: devices apply them and do not train them. The task head has `layer == HEAD`, `module` relative to the model and
     `part` the parameter's name, as in `AdapterKey(HEAD, "classifier", "weight")`.
     """
 

@@ -46,11 +46,11 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return " (required)"
     default = field.default
-    if default is None or default == ():
+    if default is None or default == () or default == {}:
         return ""
     if isinstance(default, bool):
         return f" (default: {'yes' if default else 'no'})"
-    return f" (default: {','.join(default) if isinstance(default, tuple) else default})"
+    return f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from sfl import __version__
 from sfl.cli.cache import app as cache
+from sfl.cli.compare import compare
 from sfl.cli.daemons import PASS_ON, device, edge, fed
 from sfl.cli.demo import demo
 from sfl.cli.evaluate import evaluate
@@ -34,6 +35,7 @@ app.command()(generate)
 app.add_typer(cache, name="cache")
 app.command()(profile)
 app.command()(plan)
+app.command(context_settings=PASS_ON)(compare)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from sfl.device.edge_link import GrpcEdgeLink
+from sfl.device.link_meter import LinkMeter
 from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
-from sfl.model.local_adapter import LocalAdapter
 from sfl.model.seeds import dropout_seed
 from sfl.phases import phase
 from sfl.settings import DeviceSettings
@@ -31,7 +31,8 @@ def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(dropout_seed(settings.seed, settings.name, "device"))
     device = PreparedDevice.of(settings)
-    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
+    uplink = LinkMeter()
+    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink)
     try:
         federation.join(device.join_request())
         agreement = federation.agreement(settings.join_wait_s)
@@ -40,16 +41,18 @@ def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
         with phase("load"):
             half, slots = device.load_half()
         version = federation.version(0, settings.join_wait_s)
-        adapter = LocalAdapter(slots, federation.fetch(version, 0, device.cut), device.cut, version, device.optimizer)
-        link = GrpcEdgeLink(settings.edge, device.session_request(version), settings.wait_s, settings.give_up_s)
+        adapter = device.adapter(slots, federation.fetch(version, 0, device.cut), version, agreement.policy)
+        request = device.session_request(version, agreement.policy)
+        link = GrpcEdgeLink(settings.edge, request, settings.wait_s, settings.give_up_s)
         try:
             with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
-                metrics.write("start", name=settings.name, cut=device.cut, steps=settings.steps, **device.sizes())
+                rank = device.rank or device.lora.rank
+                metrics.write("start", name=settings.name, cut=device.cut, rank=rank, steps=settings.steps, **device.sizes())
                 if recorder is not None:
                     recorder.observe(half, adapter, link.traffic, count_in_step=2)
                 trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch, bool(settings.tight_memory))
                 traffic = (link.traffic, federation.traffic)
-                training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic)
+                training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic, uplink)
                 _train(training, trainer, agreement.policy, federation, settings.give_up_s)
                 link.close()
                 federation.leave()

@@ -25,6 +25,7 @@ from sfl.wire.split import (
     evaluation_from_wire,
     open_to_wire,
     step_from_wire,
+    step_request,
 )
 from sfl.wire.tensors import RawTensor
 
@@ -52,8 +53,8 @@ class GrpcEdgeLink:
             self.hang_up()
             raise
 
-    def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
-        reply, tensors = self._ask(DeviceMessage(step=pb.Step(step=step, version=version)), batch_to_wire(batch))
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
+        reply, tensors = self._ask(DeviceMessage(step=step_request(step, version, rate_factor)), batch_to_wire(batch))
         self._require(reply, "step")
         result = step_from_wire(reply.step, tensors, batch.activation)
         self._steps_done = step

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal
 
 from sfl.adapters.layout import LoraSpec
+from sfl.adapters.state import AdapterState
 from sfl.allocator import map_large_blocks
 from sfl.data.batches import Batches, Encoded, eval_batches, tokenise
 from sfl.data.example import Example
@@ -21,12 +22,13 @@ from sfl.model.cut import DeviceHalf, check_cut
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.halves import load_device_half
 from sfl.model.load import check_max_length, load_config, load_tokenizer
+from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import AdapterSlots, inject_lora, resolve_targets
 from sfl.model.recompute import recompute_blocks
 from sfl.settings import DeviceSettings
 from sfl.v1 import federation_pb2
 from sfl.wire.adapters import lora_to_wire
-from sfl.wire.split import OptimizerSpec, SessionRequest
+from sfl.wire.split import OptimizerSpec, SessionRequest, rules_from_wire
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,25 @@ class PreparedDevice:
     session: str
 
     @classmethod
-    def of(cls, settings: DeviceSettings) -> PreparedDevice:
-        """Raises `SettingsError`, `ModelError` or `DataError` for what cannot work."""
+    def of(cls, settings: DeviceSettings, splits: Splits | None = None) -> PreparedDevice:
+        """`splits` are the device's examples where they have been read before.
+
+        Raises `SettingsError`, `ModelError` or `DataError` for what cannot work.
+        """
         model = settings.model
         if model is None:
             raise SettingsError("model is not set: name a folder or a hub id, or have an edge server provide it")
         config = load_config(model)
         check_cut(config, _number(settings.cut))
         check_max_length(config, settings.max_length)
+        lora = settings.lora
+        if settings.rank is not None and settings.rank > lora.rank:
+            raise SettingsError(f"rank {settings.rank} is above lora.rank {lora.rank}, the largest of all devices: lower it")
         optimizer = settings.optimizer
         return cls(
             settings=settings,
             model=model,
-            lora=resolve_targets(config, settings.lora.spec()),
+            lora=resolve_targets(config, lora.spec()),
             optimizer=OptimizerSpec(
                 optimizer.name,
                 optimizer.learning_rate,
@@ -62,7 +70,7 @@ class PreparedDevice:
                 decay_steps=settings.steps if optimizer.schedule == "linear" else 0,
             ),
             fingerprint=model_fingerprint(model),
-            splits=load_splits(settings.data, settings.task),
+            splits=splits or load_splits(settings.data, settings.task),
             session=f"{settings.name}-{secrets.token_hex(4)}",
         )
 
@@ -81,6 +89,7 @@ class PreparedDevice:
             labels=self.splits.labels if settings.task == "classification" else (),
             columns=self.splits.columns,
             max_length=settings.max_length,
+            rank=self.rank,
         )
 
     def sizes(self) -> dict[str, int]:
@@ -88,8 +97,8 @@ class PreparedDevice:
         splits = self.splits
         return {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
 
-    def session_request(self, version: int) -> SessionRequest:
-        """What the edge has to know, to begin with global version `version`."""
+    def session_request(self, version: int, policy: federation_pb2.UploadPolicy) -> SessionRequest:
+        """What the edge has to know, to begin with global version `version`. Raises `WireError` as `rules_from_wire` does."""
         settings = self.settings
         return SessionRequest(
             session=self.session,
@@ -102,7 +111,21 @@ class PreparedDevice:
             optimizer=self.optimizer,
             seed=settings.seed,
             dtype=settings.compute_format,
+            rank=self.rank,
+            rules=rules_from_wire(policy),
         )
+
+    def adapter(
+        self, slots: AdapterSlots, state: AdapterState, version: int, policy: federation_pb2.UploadPolicy
+    ) -> LocalAdapter:
+        """The device's half of global version `version`, which is `state`, to be trained as the policy asks."""
+        return LocalAdapter(slots, state, self.cut, version, self.optimizer, self.rank, rules_from_wire(policy))
+
+    @property
+    def rank(self) -> int:
+        """The rank of this device's factors on the wire: 0 where it is that of the LoRA settings."""
+        rank = self.settings.rank
+        return 0 if rank is None or rank == self.lora.rank else rank
 
     @property
     def cut(self) -> int:

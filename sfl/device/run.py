@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from statistics import median
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 from sfl.adapters.state import AdapterState, byte_size
 from sfl.data.batches import Batch
+from sfl.device.feedback import rate_controller
+from sfl.device.link_meter import LinkMeter
 from sfl.device.trainer import DeviceTrainer, Figures
 from sfl.device.triggers import upload_rule
 from sfl.errors import DataError
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import DEVICE, UpdateHeader, UploadPolicy
 from sfl.wire.frames import Traffic
+
+_RECENT_STEPS = 16  # whose median is what a step takes
 
 
 class FederationLink(Protocol):
@@ -57,7 +63,12 @@ class RunPlan:
 
 
 class DeviceRun:
-    """`steps` local steps under the federation's upload policy."""
+    """`steps` local steps under the federation's upload policy.
+
+    `uplink` is told of each transfer by whoever makes it, the federation's client; while it has heard of none, uploads are as
+    if it did not matter. `clock` gives seconds that never go back. Raises `WireError` for a policy that this version
+    does not know or that cannot be.
+    """
 
     def __init__(
         self,
@@ -67,6 +78,8 @@ class DeviceRun:
         federation: FederationLink,
         metrics: MetricsWriter,
         traffic: Sequence[Traffic] = (),
+        uplink: LinkMeter | None = None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self.submissions = 0
         self.examples = 0
@@ -75,9 +88,14 @@ class DeviceRun:
         self._trainer = trainer
         self._policy = policy
         self._rule = upload_rule(policy)
+        self._rate = rate_controller(policy)
         self._federation = federation
         self._metrics = metrics
         self._traffic = traffic
+        self._uplink = uplink or LinkMeter()
+        self._clock = clock
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._upload_bytes = 0  # of the last upload, and so of the next
         self._submitted_steps = 0
         self._submitted_examples = 0
 
@@ -108,19 +126,26 @@ class DeviceRun:
 
     def _step(self, batch: Batch) -> str | None:
         """One step; the name of the trigger that fired, if any."""
-        started = monotonic()
+        rate_factor = 1.0 if self._rate is None else self._rate.factor
+        started = self._clock()
         self.steps += 1
         self.examples += len(batch)
-        result = self._trainer.step(self.steps, batch)
+        result = self._trainer.step(self.steps, batch, rate_factor)
+        wall_s = self._clock() - started
+        self._step_seconds.append(wall_s)
         self._metrics.write(
             "step",
             step=self.steps,
             version=self._trainer.adapter.version,
             loss=result.loss,
             examples=len(batch),
-            wall_s=round(monotonic() - started, 6),
+            wall_s=round(wall_s, 6),
+            **({} if rate_factor == 1 else {"rate_factor": rate_factor}),
             **self._bytes(),
         )
+        upload_s = self._uplink.upload_s(self._upload_bytes)
+        if upload_s is not None:
+            self._rule.sense(upload_s, median(self._step_seconds))
         return self._rule.after_step(result.layer_norms, self._validate() if self._rule.validation_due() else None)
 
     def _newer(self) -> bool:
@@ -144,15 +169,33 @@ class DeviceRun:
             version=self._trainer.adapter.version,
             examples=self.examples - self._submitted_examples,
             steps=self.steps - self._submitted_steps,
+            link=self._uplink.report(),
         )
         progress = self._trainer.take_progress(submission)
+        self._upload_bytes = byte_size(progress)
+        predicted_s = self._uplink.upload_s(self._upload_bytes)
         self._federation.submit(header, progress)
         self.submissions += 1
         self._submitted_steps, self._submitted_examples = self.steps, self.examples
         self._rule.after_upload()
         self._metrics.write(
-            "submit", step=self.steps, version=header.version, submission=submission, trigger=trigger, bytes=byte_size(progress)
+            "submit",
+            step=self.steps,
+            version=header.version,
+            submission=submission,
+            trigger=trigger,
+            bytes=self._upload_bytes,
+            threshold_factor=round(self._rule.factor, 4),
+            **self._measured(predicted_s),
         )
+
+    def _measured(self, predicted_s: float | None) -> dict[str, Any]:
+        """What the link meter knows of the upload that was just made; nothing where nobody tells it."""
+        latest, bytes_per_s = self._uplink.latest, self._uplink.bytes_per_s
+        if latest is None or bytes_per_s is None:
+            return {}
+        foreseen = {} if predicted_s is None else {"predicted_s": round(predicted_s, 4)}
+        return foreseen | {"upload_s": round(latest.seconds, 4), "failures": latest.failures, "bytes_per_s": round(bytes_per_s)}
 
     def _validate(self) -> Figures:
         figures = self._evaluate("validation", self._plan.validation())
@@ -161,6 +204,8 @@ class DeviceRun:
                 f"the federation has its devices validate, and {self._plan.device} has nothing for it: set `data.validation`"
                 " above 0 and see that the data are enough, or the federation server's `validate_every` to 0"
             )
+        if self._rate is not None:
+            self._rate.look(figures.loss)
         return figures
 
     def _evaluate(self, split: str, batches: Iterable[Batch]) -> Figures:

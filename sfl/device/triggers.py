@@ -1,13 +1,23 @@
-"""When a device uploads: GSFS's two triggers (papers' equations 7 to 11) and FedAvg's fixed rounds."""
+"""When a device uploads: GSFS's two triggers (papers' equations 7 to 11) and FedAvg's fixed rounds.
+
+The paper says that GSFS follows the network and not how. Here all thresholds are multiplied by one factor, 1 where the
+federation server does not ask for it:
+
+    f = clamp(seconds of an upload / (budget * min_steps * seconds of a step), lowest, highest)
+
+Uploads are at least f * min_steps steps apart, so they take no more than `budget` of the time that the device trains, unless
+`highest` forbids it; behind a good link they are closer to each other.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
 from sfl.device.trainer import Figures
 from sfl.errors import WireError
-from sfl.v1.federation_pb2 import Periodic, Triggered, UploadPolicy
+from sfl.v1.federation_pb2 import NetworkSense, Periodic, Triggered, UploadPolicy
 
 
 class UploadRule(Protocol):
@@ -15,6 +25,10 @@ class UploadRule(Protocol):
 
     waits: bool  # for the next version after an upload
     validates: bool  # after some steps and after each adoption
+    factor: float  # on the thresholds, from what uploads cost
+
+    def sense(self, upload_s: float, step_s: float) -> None:
+        """Hear how many seconds the next upload will take and a step takes, before `validation_due`."""
 
     def validation_due(self) -> bool:
         """Whether the step that is now being done should end with a local validation."""
@@ -34,7 +48,7 @@ class GradientTrigger:
 
         mu <- alpha mu + (1 - alpha) ||g||
         sigma <- alpha sigma + (1 - alpha) | ||g|| - mu |
-        fire when ||g|| > mu + beta sigma
+        fire when ||g|| > mu + f beta sigma, f being 1 as printed
 
     mu begins at the first norm and sigma at 0. The paper prints the second line without the bars of an absolute value,
     with which sigma could sink below zero.
@@ -46,26 +60,27 @@ class GradientTrigger:
         self._mu: dict[int, float] = {}
         self._sigma: dict[int, float] = {}
 
-    def observe(self, layer_norms: Mapping[int, float]) -> bool:
-        """Take one step's norms; True if any layer fires."""
+    def observe(self, layer_norms: Mapping[int, float], factor: float = 1.0) -> bool:
+        """Take one step's norms; True if any layer fires with `factor` as f."""
         fired = False
         for layer, norm in layer_norms.items():
             mu = self._mu.get(layer, norm)
             mu += (1 - self._alpha) * (norm - mu)  # equation 9 so written that equal norms leave mu equal, to the bit
             sigma = self._alpha * self._sigma.get(layer, 0.0) + (1 - self._alpha) * abs(norm - mu)
             self._mu[layer], self._sigma[layer] = mu, sigma
-            fired = fired or norm > mu + self._beta * sigma
+            fired = fired or norm > mu + factor * self._beta * sigma
         return fired
 
 
 class PerformanceTrigger:
     """Fires when the validation metric M has moved away from its reference (equations 7 and 8):
 
-        dM = | M(theta_t) - M(theta_ref) | > delta
+        dM = | M(theta_t) - M(theta_ref) | > f delta, f being 1 as printed
 
     The paper leaves open how delta adapts. Here it is a share of the reference, `threshold * max(|M_ref|, 0.05)`; after
     a look that fired the share is multiplied by `growth`, after one that did not by `decay`, so that a busy device
-    uploads less often and one that never fires comes closer to it with every look.
+    uploads less often and one that never fires comes closer to it with every look. The share would make up for a factor
+    f in time, by falling until as many looks fire as ever; so it falls by `decay ** (1 / f)`.
     """
 
     def __init__(self, metric: str, threshold: float, growth: float, decay: float) -> None:
@@ -75,14 +90,14 @@ class PerformanceTrigger:
         self._decay = decay
         self._reference: float | None = None
 
-    def observe(self, figures: Figures) -> bool:
-        """Take one local validation. The first one sets the reference and does not fire."""
+    def observe(self, figures: Figures, factor: float = 1.0) -> bool:
+        """Take one local validation, with `factor` as f. The first one sets the reference and does not fire."""
         value = self._value(figures)
         if self._reference is None:
             self._reference = value
             return False
-        fired = abs(value - self._reference) > self._threshold * max(abs(self._reference), 0.05)
-        self._threshold *= self._growth if fired else self._decay
+        fired = abs(value - self._reference) > factor * self._threshold * max(abs(self._reference), 0.05)
+        self._threshold *= self._growth if fired else self._decay ** (1 / factor)
         return fired
 
     def refer_to(self, figures: Figures) -> None:
@@ -99,6 +114,8 @@ class PerformanceTrigger:
 class TriggeredUploads:
     """GSFS: upload when either trigger fires, at least `min_steps` steps apart, and never wait.
 
+    With `max_steps` an upload comes that many steps after the last one at the latest, "overdue". A factor multiplies
+    both distances, but one below 1 only `min_steps`: a good link is no reason to send what no trigger asks for.
     A local validation is due `validate_every` steps after the last one, however often was uploaded since, and no sooner than
     an upload is possible. With `validate_every` 0 nothing is validated and the performance trigger never fires.
     """
@@ -106,25 +123,35 @@ class TriggeredUploads:
     waits = False
 
     def __init__(self, policy: Triggered) -> None:
+        """Raises `WireError` for bounds of the factor that cannot be."""
+        self.factor = 1.0
         self.validates = policy.validate_every > 0
         self._gradient = GradientTrigger(policy.alpha, policy.beta)
         self._performance = PerformanceTrigger(policy.metric, policy.threshold, policy.threshold_growth, policy.threshold_decay)
+        self._network = _checked(policy.network) if policy.HasField("network") else None
         self._min_steps = policy.min_steps
+        self._max_steps = policy.max_steps
         self._validate_every = policy.validate_every
         self._steps = 0  # since the last upload
         self._unseen = 0  # steps since the last validation that was due
 
+    def sense(self, upload_s: float, step_s: float) -> None:
+        if self._network is not None:
+            self.factor = threshold_factor(self._network, self._min_steps, upload_s, step_s)
+
     def validation_due(self) -> bool:
-        return self.validates and self._steps + 1 >= self._min_steps and self._unseen + 1 >= self._validate_every
+        return self.validates and self._steps + 1 >= self._least() and self._unseen + 1 >= self._validate_every
 
     def after_step(self, layer_norms: Mapping[int, float], figures: Figures | None) -> str | None:
         self._steps += 1
         self._unseen = 0 if figures is not None else self._unseen + 1
-        gradient = self._gradient.observe(layer_norms)
-        performance = figures is not None and self._performance.observe(figures)
-        if self._steps < self._min_steps:
+        gradient = self._gradient.observe(layer_norms, self.factor)
+        performance = figures is not None and self._performance.observe(figures, self.factor)
+        if self._steps < self._least():
             return None
-        return "performance" if performance else "gradient" if gradient else None
+        if performance or gradient:
+            return "performance" if performance else "gradient"
+        return "overdue" if 0 < self._max_steps <= self._steps / max(self.factor, 1.0) else None
 
     def after_upload(self) -> None:
         self._steps = 0
@@ -133,16 +160,24 @@ class TriggeredUploads:
         if figures is not None:
             self._performance.refer_to(figures)
 
+    def _least(self) -> int:
+        """Steps between two uploads."""
+        return math.ceil(self.factor * self._min_steps - 1e-9)
+
 
 class PeriodicUploads:
     """Synchronous rounds: upload every `local_steps` steps and wait for the next version."""
 
     waits = True
     validates = False
+    factor = 1.0
 
     def __init__(self, policy: Periodic) -> None:
         self._local_steps = policy.local_steps
         self._steps = 0
+
+    def sense(self, upload_s: float, step_s: float) -> None:
+        """Rounds come when they come."""
 
     def validation_due(self) -> bool:
         return False
@@ -158,8 +193,23 @@ class PeriodicUploads:
         self._steps = 0
 
 
+def threshold_factor(network: NetworkSense, min_steps: int, upload_s: float, step_s: float) -> float:
+    """f, from the seconds of an upload and of a step."""
+    allowed_s = network.budget * max(min_steps, 1) * step_s
+    return min(max(upload_s / max(allowed_s, 1e-9), network.lowest), network.highest)
+
+
+def _checked(network: NetworkSense) -> NetworkSense:
+    if not (network.budget > 0 and 0 < network.lowest <= network.highest < math.inf):
+        raise WireError(
+            f"the federation has its devices sense the network with budget {network.budget:g}, lowest {network.lowest:g} and"
+            f" highest {network.highest:g}: they must be above 0, and lowest not above highest; mend its server's settings"
+        )
+    return network
+
+
 def upload_rule(policy: UploadPolicy) -> UploadRule:
-    """The rule that the federation server asks for. Raises `WireError` for one that this version does not know."""
+    """The rule that the federation server asks for. Raises `WireError` for one that is unknown here or cannot be."""
     kind = policy.WhichOneof("rule")
     if kind == "periodic":
         return PeriodicUploads(policy.periodic)

@@ -10,6 +10,7 @@ import torch
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, edge_half
 from sfl.allocator import release_freed_memory
+from sfl.edge_server.shared_adapter import SharedAdapter
 from sfl.errors import RefusedError, WireError
 from sfl.model.cut import EdgeHalf, check_cut
 from sfl.model.load import check_max_length
@@ -25,7 +26,7 @@ class Session:
     """What the edge keeps for one device between two of its requests."""
 
     request: SessionRequest
-    adapter: LocalAdapter
+    adapter: LocalAdapter | SharedAdapter
     random_state: torch.Tensor  # of the default generator, so that no session's dropout depends on another's steps
     last_step: int = 0
     last_result: StepResult | None = None
@@ -43,11 +44,13 @@ class EdgeEngine:
     def __init__(self, half: EdgeHalf, slots: AdapterSlots, task: str, lora: LoraSpec, fingerprint: str) -> None:
         self.task = task
         self.hidden_size: int = half.config.hidden_size
+        self.lowest_cut = half.lowest_cut
         self._half = half
         self._slots = slots
         self._lora = lora
         self._fingerprint = fingerprint
         self._sessions: dict[str, Session] = {}
+        self._shared: tuple[SessionRequest, LocalAdapter] | None = None  # the first request for it, and what sessions share
         self._trained: Session | None = None  # whose step was the last
         self._half.eval()
 
@@ -62,6 +65,13 @@ class EdgeEngine:
             raise RefusedError(f"the LoRA settings differ between {request.device} and the edge: {differing}")
         if request.task != self.task:
             raise RefusedError(f"{request.device} trains for {request.task}, this edge for {self.task}")
+        if request.rank > self._lora.rank:
+            raise RefusedError(
+                f"{request.device} has LoRA rank {request.rank}, above {self._lora.rank}, that of the LoRA settings: lower the"
+                " device's `rank`"
+            )
+        if request.rules.shared_edge_adapter and self._shared is not None:
+            _require_alike(request, self._shared[0])
         check_cut(self._half.config, request.cut)
         if request.cut < self._half.lowest_cut:
             raise RefusedError(
@@ -77,17 +87,24 @@ class EdgeEngine:
     def open(self, request: SessionRequest, state: AdapterState) -> Session:
         """Begin a session with global version `request.version`; an earlier session of the device ends.
 
-        `state` holds at least the layers from the cut on. Raises as `check` does, and `AdapterError` when it does not fit.
+        `state` holds at least the layers from the cut on, those from `lowest_cut` on where sessions share an adapter.
+        Raises as `check` does, and `AdapterError` when it does not fit.
         """
         self.check(request)
-        adapter = LocalAdapter(self._slots, edge_half(state, request.cut), request.cut, request.version, request.optimizer)
+        adapter: LocalAdapter | SharedAdapter
+        if request.rules.shared_edge_adapter:
+            adapter = SharedAdapter(self._share(request, state), request.cut, request.version, request.optimizer)
+        else:
+            adapter = self._adapter(request, state, request.cut)
         generator = torch.Generator().manual_seed(dropout_seed(request.seed, request.device, "edge"))
         session = Session(request, adapter, generator.get_state())
         self._sessions[request.device] = session
         return session
 
-    def step(self, session: Session, step: int, version: int, batch: CutBatch) -> StepResult:
+    def step(self, session: Session, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
         """Forward from the cut, backward to it, one optimiser step. The last step asked again is answered again.
+
+        The step's learning rate is the schedule's times `rate_factor`.
 
         Raises `WireError` when the version is not the session's, the step not the next one, a label is none or the loss
         or a gradient is not finite, and `ModelError` for more tokens than the model takes. Nothing has been trained then.
@@ -116,7 +133,7 @@ class EdgeEngine:
         if not (all(map(math.isfinite, norms.values())) and torch.isfinite(gradient).all()):
             raise WireError(f"the gradients of step {step} are not finite: lower the learning rate")
         session.random_state = random_state
-        session.adapter.step()
+        session.adapter.step(session.adapter.optimizer.rate(step) * rate_factor)
         result = StepResult(step, version, loss.item(), norms, gradient)
         session.last_step, session.last_result = step, result
         return result
@@ -150,7 +167,8 @@ class EdgeEngine:
             return
         if version < session.adapter.version:
             raise WireError(f"version {version} is older than {session.adapter.version}, which {session.request.device} has")
-        session.adapter.adopt(edge_half(state, session.request.cut), version, keep_progress)
+        first = self.lowest_cut if session.request.rules.shared_edge_adapter else session.request.cut
+        session.adapter.adopt(edge_half(state, first), version, keep_progress)
 
     def close(self, session: Session) -> None:
         """Forget a session, unless another one of the device has taken its place."""
@@ -158,10 +176,25 @@ class EdgeEngine:
             self._trained = None
         if self._sessions.get(session.request.device) is session:
             del self._sessions[session.request.device]
+        if not any(other.request.rules.shared_edge_adapter for other in self._sessions.values()):
+            self._shared = None
 
     def is_open(self, session: Session) -> bool:
         """Whether this is still the device's session."""
         return self._sessions.get(session.request.device) is session
+
+    def _adapter(self, request: SessionRequest, state: AdapterState, cut: int) -> LocalAdapter:
+        half = edge_half(state, cut)
+        return LocalAdapter(self._slots, half, cut, request.version, request.optimizer, request.rank, request.rules)
+
+    def _share(self, request: SessionRequest, state: AdapterState) -> LocalAdapter:
+        """The adapter that sessions share, at this version or a newer one; what nobody has submitted is kept."""
+        if self._shared is None:
+            self._shared = request, self._adapter(request, state, self.lowest_cut)
+        shared = self._shared[1]
+        if request.version > shared.version:
+            shared.adopt(edge_half(state, self.lowest_cut), request.version, keep_progress=True)
+        return shared
 
     def _require_version(self, session: Session, version: int) -> None:
         if version != session.adapter.version:
@@ -180,6 +213,22 @@ class EdgeEngine:
             count, what, labels = int(config.vocab_size), "token ids", labels[labels != IGNORED]
         if ((labels < 0) | (labels >= count)).any():
             raise WireError(f"labels must be {what} below {count}; some are not")
+
+
+def _require_alike(request: SessionRequest, first: SessionRequest) -> None:
+    """Raise `RefusedError` unless a device can train the adapter that others share; rates may differ."""
+    mine, theirs = request.optimizer, first.optimizer
+    for what, value, other in (
+        ("rank", request.rank, first.rank),
+        ("optimizer", mine.name, theirs.name),
+        ("weight_decay", mine.weight_decay, theirs.weight_decay),
+        ("rules", request.rules, first.rules),
+    ):
+        if value != other:
+            raise RefusedError(
+                f"{request.device} cannot share the edge's adapter with {first.device}: {what} {value} against {other}; give all"
+                " devices the same"
+            )
 
 
 def _gradient(activation: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,16 @@ from sfl.v1.split_pb2_grpc import SplitTrainingServicer
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Assembler, Traffic, frames
-from sfl.wire.split import CutBatch, SessionRequest, StepResult, batch_from_wire, evaluation_to_wire, open_from_wire, step_to_wire
+from sfl.wire.split import (
+    CutBatch,
+    SessionRequest,
+    StepResult,
+    batch_from_wire,
+    evaluation_to_wire,
+    open_from_wire,
+    rate_factor_from_wire,
+    step_to_wire,
+)
 from sfl.wire.tensors import RawTensor
 
 Answer = tuple[EdgeMessage, list[RawTensor]]
@@ -118,7 +127,7 @@ class SplitService(SplitTrainingServicer):
         if session is None:
             self._engine.check(request)
             self._uploads.pop(request.device, None)  # those of an earlier session
-            state = await self._versions.get(request.version)
+            state = await self._versions.get(request.version, request.rank)
             # Another stream of the device may have opened it in the meantime.
             session = await self._compute(request, lambda: self._engine.resume(request) or self._engine.open(request, state))
             log.info("%s opened a session at cut %d with version %d", request.device, request.cut, request.version)
@@ -131,11 +140,11 @@ class SplitService(SplitTrainingServicer):
 
     async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
         loop = asyncio.get_running_loop()
-        arrived = loop.time()
+        arrived, factor = loop.time(), rate_factor_from_wire(message)
 
         def compute() -> StepResult:
             started, before = loop.time(), session.last_step
-            result = self._engine.step(session, message.step, message.version, self._batch(session, tensors))
+            result = self._engine.step(session, message.step, message.version, self._batch(session, tensors), factor)
             if session.last_step > before:  # and so not answered again; counted even if the device is gone by now
                 loop.call_soon_threadsafe(self._count, session, result, loop.time() - started, started - arrived)
             return result
@@ -190,7 +199,7 @@ class SplitService(SplitTrainingServicer):
 
     async def _adopt(self, session: Session, message: split_pb2.Adopt) -> Answer:
         if message.version != session.adapter.version:
-            state = await self._versions.get(message.version)
+            state = await self._versions.get(message.version, session.request.rank)
             await self._compute(
                 session.request, lambda: self._engine.adopt(session, message.version, state, message.keep_progress)
             )

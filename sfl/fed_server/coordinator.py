@@ -5,27 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from sfl.adapters.layout import AdapterLayout
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half, require_same_keys
 from sfl.errors import AdapterError, RefusedError, SettingsError, SflError
-from sfl.fed_server.members import Member, Roster
+from sfl.fed_server import server_state
+from sfl.fed_server.aggregation import Aggregation
+from sfl.fed_server.agreement import Agreement, agree, check_labels
+from sfl.fed_server.members import Member, Roster, UnknownMemberError
 from sfl.fed_server.pool import Half, Pool
-from sfl.fed_server.strategies import make_strategy
-from sfl.fed_server.versions import VersionStore
+from sfl.fed_server.reach import Reach
+from sfl.fed_server.version_maker import VersionMaker
+from sfl.fed_server.versions import Version, VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2 as pb
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all devices have in common: class names in the order of the logits, flow columns, tokens."""
-
-    labels: tuple[str, ...]
-    columns: tuple[str, ...]
-    max_length: int
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,10 @@ class Placement:
 class Federation:
     """All that the federation server decides. No gRPC, no asyncio: one thread calls it, and `tick` once a second.
 
-    `on_change` is called when something has changed that watchers should hear: `agreement`, `version`, `finished`,
-    `failure`, or the number of joined devices. `clock` gives seconds that never go back. Raises `SettingsError` for labels
-    that cannot be, or are not those of the versions that the store resumes from.
+    `on_change` is called when something has changed that watchers should hear: `agreement`, `examples`, `version`,
+    `finished`, `failure`, or the number of joined devices. `clock` gives seconds that never go back. Updates wait on disk in
+    `pool`, without it in a temporary folder. Raises `SettingsError` for labels that cannot be, or are not those of the
+    versions that the store resumes from, and for a robust rule that the expected devices are too few for.
     """
 
     def __init__(
@@ -51,35 +50,48 @@ class Federation:
         store: VersionStore,
         metrics: MetricsWriter,
         clock: Callable[[], float] = time.monotonic,
+        pool: Path | None = None,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self.agreement: Agreement | None = None
         self.failure: SflError | None = None  # why no agreement will ever be reached
         self.finished = False
-        self.aggregations = 0
+        self.refused = 0  # updates
         if len(settings.labels) == 1:
             raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
         self._store = store
         self._metrics = metrics
-        self._clock = clock
-        self._strategy = make_strategy(settings.strategy)
-        self._pool = Pool(settings.half_expires_s, clock)
-        self._proposer: str | None = None
         newest = store.newest()
-        earlier = None if newest is None else newest.layout
-        self._roster = Roster(settings.devices, settings.away_after_s, settings.join_wait_s, clock, earlier, str(store.folder))
+        remembered = None if newest is None else server_state.load(store, newest.number, settings.strategy.name)
+        self._aggregation = Aggregation(settings, remembered)
+        self._strategy = self._aggregation.strategy
+        self._pool = Pool(pool, settings.half_expires_s, clock)
+        self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.network else None
+        self._proposer: str | None = None
+        self._roster = Roster(
+            settings.devices,
+            settings.away_after_s,
+            settings.join_wait_s,
+            clock,
+            earlier=None if newest is None else newest.layout,
+            folder=str(store.folder),
+            any_rank=self._aggregation.merge.any_rank and not self._strategy.one_rank,
+        )
+        self._maker = VersionMaker(
+            settings, self._aggregation, self._pool, self._roster, self._reach, store, metrics, self.refuse
+        )
         if newest is not None:
-            self._resume(newest.number, newest.layout)
+            self._resume(newest)
 
-    def _resume(self, version: int, layout: AdapterLayout) -> None:
-        folder, labels = self._store.folder, self._settings.labels
+    def _resume(self, newest: Version) -> None:
+        folder, labels, layout = self._store.folder, self._settings.labels, newest.layout
         if labels and labels != layout.labels:
             raise SettingsError(
                 f"the settings name the labels {', '.join(labels)}, but {folder} holds versions for"
                 f" {', '.join(layout.labels) or 'none'}: choose another folder with `adapters`"
             )
-        log.info("resuming from version %d in %s; choose another folder with `adapters` to start anew", version, folder)
+        log.info("resuming from version %d in %s; choose another folder with `adapters` to start anew", newest.number, folder)
         self.agreement = Agreement(layout.labels, layout.columns, layout.max_length)
 
     @property
@@ -99,6 +111,11 @@ class Federation:
         return self._settings.devices
 
     @property
+    def aggregations(self) -> int:
+        """Versions that were made of updates."""
+        return self._maker.made
+
+    @property
     def submissions(self) -> int:
         """Whole submissions so far."""
         return self._pool.submissions()
@@ -109,9 +126,15 @@ class Federation:
         newest = self._store.newest()
         return 0 if newest is None else byte_size(newest.state)
 
-    def policy(self) -> pb.UploadPolicy:
-        """When devices upload."""
-        return self._strategy.policy()
+    def epsilons(self) -> dict[str, float]:
+        """The epsilon that each device has spent so far under differential privacy, else nothing; the run's is the largest."""
+        return self._aggregation.epsilons()
+
+    def policy(self, name: str) -> pb.UploadPolicy:
+        """When the member `name` uploads, and how it trains; paced by what it has of the data of all that have joined."""
+        devices = self._roster.devices()
+        own, all_of_them = self._roster.get(name).examples, sum(device.examples for device in devices)
+        return self._aggregation.policy(own * len(devices) / all_of_them if own else 1.0)
 
     # Joining and agreeing
 
@@ -124,47 +147,29 @@ class Federation:
             raise RefusedError(f"{member.describe()} cannot join: the federation has finished; start its server again")
         self._roster.check(member)
         if member.role == "device" and member.task == "classification":
-            self._check_labels(member)
+            check_labels(member, self.agreement.labels if self.agreement is not None else self._settings.labels)
         before = self._roster.add(member)
-        if before is not None and before.cut != member.cut:
-            self._log_expired(self._pool.drop(member.name))  # they are halves at the old cut
+        if before is not None and (before.cut, before.own_rank) != (member.cut, member.own_rank):
+            self._log_expired(self._pool.drop(member.name))  # they are halves at the old cut and rank
+        if self._reach is not None:
+            self._reach.forget(member.name)
         if not known:
             log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
         self._agree()
         self.on_change()
 
-    def _check_labels(self, member: Member) -> None:
-        allowed = self.agreement.labels if self.agreement is not None else self._settings.labels
-        unknown = sorted(set(member.labels) - set(allowed))
-        if allowed and unknown:
-            raise RefusedError(
-                f"{member.describe()} has the label '{unknown[0]}', which is not among those agreed: {', '.join(allowed)};"
-                " name all labels with `labels` in the federation server's settings"
-            )
-        if not member.labels:
-            raise RefusedError(f"{member.describe()} cannot join: classification needs labels and its data has none")
-
     def _agree(self) -> None:
-        """Agree once all expected devices have joined, or at the first device when the settings name the labels."""
-        devices = self._roster.devices()
-        if self.agreement is not None or not devices:
+        if self.agreement is not None:
             return
-        fixed = self._settings.labels if devices[0].task == "classification" else ()
-        if len(devices) < (1 if fixed else self._settings.devices):
-            return
-        labels: tuple[str, ...] = ()
-        if devices[0].task == "classification":
-            labels = fixed or tuple(sorted({label for device in devices for label in device.labels}))
-            if len(labels) < 2:
-                self.failure = RefusedError(
-                    f"all devices together have seen only one class, '{labels[0]}': a classifier needs two or more; name"
-                    " the classes with `labels` in the federation server's settings, or give some device other data"
-                )
-                log.error("%s", self.failure)
-                return
-        self.agreement = Agreement(labels, devices[0].columns, devices[0].max_length)
-        log.info("agreed on %d labels: %s", len(labels), ", ".join(labels) or "none")
+        try:
+            self.agreement = agree(self._roster.devices(), self._settings.devices, self._settings.labels)
+        except RefusedError as error:
+            self.failure = error
+            log.error("%s", error)
+        if self.agreement is not None:
+            labels = self.agreement.labels
+            log.info("agreed on %d labels: %s", len(labels), ", ".join(labels) or "none")
 
     # Versions
 
@@ -200,10 +205,11 @@ class Federation:
         self.on_change()
         return True
 
-    def fetch(self, name: str, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
+    def fetch(self, name: str, version: int, first_layer: int = 0, last_layer: int = 0, rank: int = 0) -> AdapterState:
         """The tensors of `version` in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0.
 
-        Raises `RefusedError` for a version that is not there, and for layers below the lowest cut of an edge server.
+        They are as a device of `rank` gets them, 0 being that of the LoRA settings. Raises `RefusedError` for a version or
+        a rank that is not there, and for layers below the lowest cut of an edge server.
         """
         member = self._roster.get(name)
         self._roster.heard(name)
@@ -213,7 +219,7 @@ class Federation:
                 " what lies below it belongs to devices"
             )
         try:
-            state = self._store.load(version)
+            state = self._maker.view(version, rank or member.lora.rank)
         except AdapterError as error:
             raise RefusedError(str(error)) from error
         upper = edge_half(state, first_layer)
@@ -225,13 +231,44 @@ class Federation:
         """Take one half of an update; nothing happens when it had arrived before.
 
         Raises `RefusedError` for a device or version that is unknown and for halves that do not belong together,
-        `AdapterError` when the tensors are not exactly that half of the global adapter at the device's cut.
+        `AdapterError` when the tensors are not exactly that half of an update at the device's cut and rank, or hold values that
+        are not finite, and `AdapterWriteError` when they cannot be kept; trying again may help then.
         """
+        try:
+            self._submit(half, state)
+        except (UnknownMemberError, AdapterWriteError):  # the sender does what helps, and tries again
+            raise
+        except SflError as error:
+            self.refuse(half.device, half.submission, str(error))
+            raise
+
+    def refuse(self, device: str | None, submission: str | None, reason: str) -> None:
+        """Count an update, or what was meant to be one, that is not used; None where it is not even known whose it is."""
+        self.refused += 1
+        self._metrics.write("refused", device=device, submission=submission, reason=reason)
+
+    def _submit(self, half: Half, state: AdapterState) -> None:
         device = self._roster.device(half.device)
         if half.half == "device":
             self._roster.heard(half.device)
         if self._pool.knows(half):
             return
+        newest = self._check(half, device)
+        if self._too_old(half, newest.number):
+            return
+        part = device_half if half.half == "device" else edge_half
+        require_same_keys(state, part(self._aggregation.trained(newest.state, device.own_rank), device.cut))
+        for key, value in state.items():
+            if not np.isfinite(value).all():
+                raise AdapterError(f"adapter tensor {key} of an update of {device.describe()} holds values that are not finite")
+        whole = self._pool.add(half, state, device.own_rank, device.cut)
+        if half.half == "device" and self._reach is not None:
+            self._reach.uploaded(half.device, half.failures)
+        if whole and self._maker.make_if_due():
+            self.on_change()
+
+    def _check(self, half: Half, device: Member) -> Version:
+        """The newest version. Raises `RefusedError` unless the half can belong to an update of it or an earlier one."""
         newest = self._store.newest()
         if not half.submission:
             raise RefusedError(f"a submission of {device.describe()} has no id")
@@ -242,49 +279,21 @@ class Federation:
             )
         if self.finished:
             raise RefusedError(f"{device.describe()} submitted an update after the federation had finished")
-        part = device_half if half.half == "device" else edge_half
-        require_same_keys(state, part(newest.state, device.cut))
-        if self._pool.add(half, state):
-            self._aggregate_if_due()
+        return newest
 
-    def _aggregate_if_due(self) -> None:
-        """Aggregate when the strategy says so; while all devices are away, wait for one that comes back or for the end."""
-        pooled, present = self._pool.devices(), self._roster.present_devices()
-        if pooled and present and self._strategy.due(pooled, present, self._roster.missing(), self._pool.waited_s()):
-            self._aggregate()
+    def _too_old(self, half: Half, newest: int) -> bool:
+        """Whether a half is more than `max_lag` versions behind; it is set aside then, and its sender not told.
 
-    def _aggregate(self) -> None:
-        newest = self._store.newest()
-        if newest is None:
-            return
-        started = time.perf_counter()
-        devices = self._pool.devices()
-        updates = self._pool.updates({device: self._roster.get(device).examples for device in devices})
-        try:
-            state, weights = self._strategy.aggregate(newest.state, updates, self._roster.examples(devices))
-            self._store.publish(newest.number + 1, state, newest.layout)
-        except AdapterWriteError as error:  # a full disk, say; the pool stays, and the next tick tries again
-            log.error("%s", error)
-            return
-        except AdapterError as error:  # would come again at every tick
-            log.error("the updates of %s are lost: %s", ", ".join(sorted(devices)), error)
-            self._pool.clear()
-            return
-        self._pool.clear()
-        self.aggregations += 1
-        pooled = sum(update.pooled for update in updates)
-        self._metrics.write(
-            "aggregate",
-            version=newest.number + 1,
-            devices=weights,
-            lags={update.device: newest.number - update.version for update in updates},
-            submissions=pooled,
-            steps={update.device: update.steps for update in updates},
-            trained_on={update.device: update.trained_on for update in updates},
-            wall_s=round(time.perf_counter() - started, 4),
-        )
-        log.info("version %d from %d submissions of %s", newest.number + 1, pooled, ", ".join(sorted(weights)))
-        self.on_change()
+        A device that is slow has done nothing wrong and goes on, which an error would end. Of two halves, the first decides.
+        """
+        limit, lag = self._settings.strategy.max_lag, newest - half.version
+        if not limit or lag <= limit or self._pool.waits_for(half):
+            return False
+        if self._pool.set_aside(half):
+            reason = f"it stems from version {half.version}, {lag} behind the newest: strategy.max_lag is {limit}"
+            log.warning("submission %s of device '%s' is refused: %s", half.submission, half.device, reason)
+            self.refuse(half.device, half.submission, reason)
+        return True
 
     # Presence and time
 
@@ -310,8 +319,8 @@ class Federation:
             return
         if self._roster.all_done() and self.version is not None:
             self._finish()
-        else:
-            self._aggregate_if_due()
+        elif self._maker.make_if_due():
+            self.on_change()
 
     def _forget_away(self) -> None:
         """Nothing rests on who has gone before the agreement; so it may come back with corrected settings, or another name."""
@@ -323,12 +332,12 @@ class Federation:
             self.on_change()
 
     def _finish(self) -> None:
-        if self._pool.devices() and self._strategy.final:
-            self._aggregate()
-            if self._pool.devices():
+        while (left := self._pool.counts()) and self._strategy.final:
+            if not self._maker.make():
                 return  # it could not be written; the next tick tries again
-        elif self._pool.devices():
-            log.info("the rest of the pool, from %s, is left out", ", ".join(sorted(self._pool.devices())))
+            self.on_change()
+        if left:
+            log.info("the rest of the pool, from %s, is left out", ", ".join(sorted(left)))
         self.finished = True
         log.info("all devices are done; version %s is the last", self.version)
         self.on_change()

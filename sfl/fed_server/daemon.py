@@ -19,14 +19,14 @@ _GRACE_S = 2.0  # for calls under way when the server stops
 
 def run(settings: FedSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises `SettingsError` for an address that cannot be bound or labels that cannot be,
-    `AdapterError` when the versions to resume from are damaged."""
+    `AdapterError` when the versions to resume from are damaged or updates cannot be kept in `out`."""
     with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
         asyncio.run(_serve(settings, metrics))
 
 
 async def _serve(settings: FedSettings, metrics: MetricsWriter) -> None:
     store = VersionStore(settings.adapters or settings.out / "adapters")
-    federation = Federation(settings, store, metrics)
+    federation = Federation(settings, store, metrics, pool=settings.out / "pool")
     service = FederationService(federation)
     server, address = serve(settings.listen)
     add_FederationServicer_to_server(service, server)
@@ -46,6 +46,8 @@ async def _serve(settings: FedSettings, metrics: MetricsWriter) -> None:
             version=federation.version,
             aggregations=federation.aggregations,
             submissions=federation.submissions,
+            refused=federation.refused,
+            **({"epsilon": max(epsilons.values())} if (epsilons := federation.epsilons()) else {}),
             bytes_received=service.traffic.received,
             bytes_sent=service.traffic.sent,
             peak_rss_mb=round(peak_rss_mb(), 1),

@@ -33,6 +33,12 @@ class Member:
     labels: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     max_length: int = 0
+    rank: int = 0  # of its LoRA factors; 0: that of `lora`
+
+    @property
+    def own_rank(self) -> int:
+        """The rank of its LoRA factors."""
+        return self.rank or self.lora.rank
 
     def describe(self) -> str:
         return f"edge server '{self.name}'" if self.role == "edge" else f"device '{self.name}' (cut {self.cut})"
@@ -91,8 +97,9 @@ class _Entry:
 class Roster:
     """All that have joined. A member is present while it watches and for `away_after_s` after it was last heard of.
 
-    Devices that have not joined `join_wait_s` after the start are not expected any more. `clock` gives seconds that never
-    go back. A run that resumes gives the `earlier` adapter's layout and its `folder`.
+    Devices that have not joined `join_wait_s` after the start are not expected any more. Unless `any_rank`, all devices have
+    the rank of the LoRA settings. `clock` gives seconds that never go back. A run that resumes gives the `earlier` adapter's
+    layout and its `folder`.
     """
 
     def __init__(
@@ -103,7 +110,9 @@ class Roster:
         clock: Callable[[], float],
         earlier: AdapterLayout | None = None,
         folder: str = "",
+        any_rank: bool = True,
     ) -> None:
+        self._any_rank = any_rank
         self._expected = expected
         self._away_after_s = away_after_s
         self._clock = clock
@@ -152,11 +161,24 @@ class Roster:
                 f"{member.describe()} cannot join: the {self._expected} expected devices are {', '.join(others)};"
                 " raise `devices` in the federation server's settings"
             )
+        self._check_rank(member)
         if member.examples < 1:
             raise RefusedError(f"{member.describe()} cannot join: it has no training examples")
         prompts = self._prompts()
         if prompts is not None:
             prompts.require(member)
+
+    def _check_rank(self, member: Member) -> None:
+        if member.own_rank > member.lora.rank:
+            raise RefusedError(
+                f"{member.describe()} cannot join: its rank {member.rank} is above the {member.lora.rank} of the LoRA settings;"
+                " `lora.rank` is the largest rank of all devices, raise it everywhere or lower this device's `rank`"
+            )
+        if member.own_rank != member.lora.rank and not self._any_rank:
+            raise RefusedError(
+                f"{member.describe()} cannot join: it has rank {member.rank} and the others {member.lora.rank}, and the"
+                " federation server's strategy or merge needs one rank; leave the device's `rank` out or choose others there"
+            )
 
     def add(self, member: Member) -> Member | None:
         """Take `member`, already checked, or take it back; what was known under its name before, if that differs."""
@@ -221,9 +243,10 @@ class Roster:
         log.info("device '%s' is done", name)
         self._entry(name).left = True
 
-    def present_devices(self) -> set[str]:
-        """Devices that are there and not done: the ones that a quorum counts."""
-        return {name for name, entry in self._entries.items() if entry.member.role == "device" and self._present(entry)}
+    def present_devices(self) -> dict[str, int]:
+        """Devices that are there and not done, the ones that a quorum counts, with their training examples."""
+        entries = (entry for entry in self._entries.values() if entry.member.role == "device" and self._present(entry))
+        return {entry.member.name: entry.member.examples for entry in entries}
 
     def all_done(self) -> bool:
         """Whether at least one device has left and no other one is present or expected to join yet."""

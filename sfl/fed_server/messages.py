@@ -25,12 +25,21 @@ def member_from_wire(request: pb.JoinRequest) -> Member:
         labels=tuple(request.labels),
         columns=tuple(request.columns),
         max_length=request.max_length,
+        rank=request.rank,
     )
 
 
 def half_from_wire(header: pb.UpdateHeader) -> Half:
     """Raises `WireError` for an unknown role."""
-    return Half(header.submission, header.device, _role(header.half), header.version, header.examples, header.steps)
+    return Half(
+        submission=header.submission,
+        device=header.device,
+        half=_role(header.half),
+        version=header.version,
+        examples=header.examples,
+        steps=header.steps,
+        failures=header.link.failures if header.HasField("link") else None,
+    )
 
 
 def _role(role: pb.Role) -> Role:

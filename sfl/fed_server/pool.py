@@ -1,15 +1,19 @@
-"""Halves that wait for their other half, and the pool of whole updates."""
+"""Halves that wait for their other half, and the pool of whole updates. What they hold is on disk."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import get_args
 
-from sfl.adapters.state import AdapterState, total
+from sfl.adapters.state import AdapterKey, AdapterState, require_same_keys
 from sfl.errors import RefusedError
+from sfl.fed_server import half_files
+from sfl.fed_server.half_files import HalfFile
 from sfl.fed_server.members import Role
-from sfl.fed_server.strategies import Update
 from sfl.telemetry import log
 
 
@@ -23,97 +27,161 @@ class Half:
     version: int
     examples: int = 0
     steps: int = 0
+    failures: int | None = None  # transfers of the device that had to be tried again so far, where it says so
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A whole update of one device, in two files."""
+
+    device: str
+    version: int
+    trained_on: int  # examples
+    steps: int
+    rank: int
+    cut: int
+    files: tuple[HalfFile, ...]
+
+    def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
+        """The tensors named by `keys`, or all. Raises `AdapterError` when a file cannot be read."""
+        return {key: value for file in self.files for key, value in file.read(keys).items()}
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The submissions of one device that make its update, in the order in which they became whole; see `Pool.take`."""
+
+    submissions: tuple[Submission, ...]
+    ever: int  # submissions of this device so far, these included
+
+    @property
+    def first(self) -> Submission:
+        return self.submissions[0]
+
+    def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
+        """Their sum, of the tensors named by `keys` or all. Raises `AdapterError` when a file cannot be read."""
+        result = self.first.read(keys)
+        for submission in self.submissions[1:]:
+            more = submission.read(keys)
+            require_same_keys(more, result)
+            for key, value in result.items():
+                value += more[key]
+        return result
 
 
 @dataclass
 class _Pending:
     header: Half  # of the half that is there
-    state: AdapterState
+    file: HalfFile
     since: float
 
 
 class Pool:
-    """Joins halves to updates, and keeps one update for each device until it is drained.
+    """Joins halves to whole submissions, and keeps these until they are drained.
 
     A submission is known by its device and id; each half of it counts once, for as long as the server runs. Successive
     submissions of a device are successive progress, so their deltas add up in the order in which they became whole.
+
+    Each half is a file in `folder`, `NUMBER-HALF.safetensors`, numbered in the order of arrival; its metadata are the fields of
+    `Half`, with the rank and the cut that the device had. So a server could take the pool up again by adding them in that
+    order. As yet it does not, and what an earlier one left is deleted. Without a folder it is a temporary one.
+    Raises `AdapterWriteError` for a folder that cannot be used.
     """
 
-    def __init__(self, half_expires_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, folder: Path | None, half_expires_s: float, clock: Callable[[], float]) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="sfl-pool-") if folder is None else None
+        self._folder = folder or Path(self._temporary.name if self._temporary else "")
         self._half_expires_s = half_expires_s
         self._clock = clock
         self._known: set[tuple[str, str, Role]] = set()
         self._pending: dict[tuple[str, str], _Pending] = {}
-        self._updates: dict[str, Update] = {}
+        self._whole: dict[str, list[Submission]] = {}
         self._submissions: dict[str, int] = {}
         self._since = 0.0
+        self._arrived = 0
+        if left := half_files.sweep(self._folder):
+            log.warning("%d halves of updates that an earlier server had not aggregated are deleted from %s", left, self._folder)
 
     def knows(self, half: Half) -> bool:
         """Whether this half has arrived before."""
         return (half.device, half.submission, half.half) in self._known
 
-    def add(self, half: Half, state: AdapterState) -> bool:
-        """Take a half that is new and was checked; True when it makes a whole update with the one that was there.
+    def waits_for(self, half: Half) -> bool:
+        """Whether the other half of the same submission is there."""
+        return (half.device, half.submission) in self._pending
 
-        Raises `RefusedError` when the two stem from different versions.
+    def set_aside(self, half: Half) -> bool:
+        """Know a half without taking it; True for the first one of its submission."""
+        self._known.add((half.device, half.submission, half.half))
+        return len(self._known & {(half.device, half.submission, role) for role in get_args(Role)}) == 1
+
+    def add(self, half: Half, state: AdapterState, rank: int, cut: int) -> bool:
+        """Take a half that is new and was checked; True when it makes a whole submission with the one that was there.
+
+        Raises `RefusedError` when the two stem from different versions, `AdapterWriteError` when it cannot be kept; nothing
+        has happened then.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
-        if other is None:
-            self._pending[key] = _Pending(half, state, self._clock())
-        elif other.header.version != half.version:
+        if other is not None and other.header.version != half.version:
             raise RefusedError(
                 f"the {half.half}'s half of submission {half.submission} of device '{half.device}' stems from version"
                 f" {half.version}, the other half from {other.header.version}"
             )
-        else:
-            del self._pending[key]
-            header = half if half.half == "device" else other.header
-            self._pool(header, state | other.state)
+        path = self._folder / f"{self._arrived + 1:08d}-{half.half}{half_files.SUFFIX}"
+        file = half_files.write(path, state, {**vars(half), "rank": rank, "cut": cut}, lasting=self._temporary is None)
+        self._arrived += 1
         self._known.add((*key, half.half))
-        return other is not None
-
-    def _pool(self, header: Half, delta: AdapterState) -> None:
-        device = header.device
-        if not self._updates:
+        if other is None:
+            self._pending[key] = _Pending(half, file, self._clock())
+            return False
+        del self._pending[key]
+        said = half if half.half == "device" else other.header
+        files = (file, other.file) if half.half == "device" else (other.file, file)
+        if not self._whole:
             self._since = self._clock()
-        self._submissions[device] = self._submissions.get(device, 0) + 1
-        update = Update(
-            device,
-            delta,
-            header.version,
-            examples=0,  # not known here: see `updates`
-            submissions=self._submissions[device],
-            trained_on=header.examples,
-            steps=header.steps,
-        )
-        before = self._updates.get(device)
-        if before is not None:
-            update = dataclasses.replace(
-                update,
-                delta=total(before.delta, delta),
-                version=min(before.version, update.version),
-                pooled=before.pooled + 1,
-                trained_on=before.trained_on + update.trained_on,
-                steps=before.steps + update.steps,
-            )
-        self._updates[device] = update
+        submission = Submission(half.device, half.version, said.examples, said.steps, rank, cut, files)
+        self._whole.setdefault(half.device, []).append(submission)
+        self._submissions[half.device] = self._submissions.get(half.device, 0) + 1
+        return True
 
-    def devices(self) -> set[str]:
-        """Devices that have an update in the pool."""
-        return set(self._updates)
+    def counts(self) -> dict[str, int]:
+        """Submissions in the pool, by device."""
+        return {device: len(submissions) for device, submissions in self._whole.items()}
 
     def waited_s(self) -> float:
         """Seconds since the first update of the pool."""
         return self._clock() - self._since
 
-    def updates(self, examples: Mapping[str, int]) -> list[Update]:
-        """The updates, sorted by device; `examples` is |D_k| of each of these devices now, not when it submitted."""
-        return [dataclasses.replace(self._updates[device], examples=examples[device]) for device in sorted(self._updates)]
+    def take(self, mix_versions: bool) -> list[Pooled]:
+        """The update of each device, sorted by device: its submissions up to the first that cannot be added to those before.
 
-    def clear(self) -> None:
-        """Forget the updates, which have been aggregated; halves stay."""
-        self._updates.clear()
+        That is one of another rank or cut (the device had joined anew), or, unless `mix_versions`, one that stems from another
+        version: where each version has factors of its own, the difference of one's factors means nothing to another's.
+        What is left over is for the next aggregation. Nothing leaves the pool before `remove`.
+        """
+
+        def kind(submission: Submission) -> tuple[int, int, int]:
+            return submission.rank, submission.cut, 0 if mix_versions else submission.version
+
+        pooled = []
+        for device in sorted(self._whole):
+            found = self._whole[device]
+            alike = tuple(takewhile(lambda one, first=found[0]: kind(one) == kind(first), found))  # type: ignore[misc]
+            pooled.append(Pooled(alike, self._submissions[device] - len(found) + len(alike)))
+        return pooled
+
+    def remove(self, taken: Collection[Pooled]) -> None:
+        """Forget what was taken, which has been aggregated or never will be; halves stay."""
+        for pooled in taken:
+            device = pooled.first.device
+            self._whole[device] = self._whole[device][len(pooled.submissions) :]
+            if not self._whole[device]:
+                del self._whole[device]
+            for submission in pooled.submissions:
+                for file in submission.files:
+                    _delete(file)
+        self._since = self._clock()
 
     def submissions(self) -> int:
         """Whole submissions so far, of all devices."""
@@ -135,7 +203,14 @@ class Pool:
         return dropped
 
     def _drop(self, half: Half) -> None:
-        del self._pending[(half.device, half.submission)]
+        _delete(self._pending.pop((half.device, half.submission)).file)
         self._known.discard((half.device, half.submission, half.half))
         missing = "edge" if half.half == "device" else "device"
         log.warning("submission %s of device '%s' is lost: its %s half never came", half.submission, half.device, missing)
+
+
+def _delete(file: HalfFile) -> None:
+    try:
+        file.delete()
+    except OSError as error:
+        log.warning("%s cannot be deleted, though nothing needs it any more: %s", file.path, error)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from sfl.adapters.state import AdapterState
+from sfl.adapters.peft_format import AdapterWriteError
 from sfl.errors import AdapterError, SflError, WireError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.members import UnknownMemberError
@@ -22,6 +22,7 @@ from sfl.v1.split_pb2 import Heartbeat
 from sfl.wire.adapters import from_tensors, to_tensors
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.frames import Assembler, Traffic, frames
+from sfl.wire.tensors import RawTensor
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,16 +55,16 @@ class FederationService(FederationServicer):  # type: ignore[misc]
             self._federation.watch_begins(request.name)
             self._watchers.add(changed)
             try:
-                await self._tell(changed, context)
+                await self._tell(request.name, changed, context)
             finally:
                 self._watchers.discard(changed)
                 self._federation.watch_ends(request.name)
 
-    async def _tell(self, changed: asyncio.Event, context: Context) -> None:
+    async def _tell(self, name: str, changed: asyncio.Event, context: Context) -> None:
         told: list[pb.Event] = []
         while True:
             changed.clear()
-            state = list(self._events())
+            state = list(self._events(name))
             for event in state:
                 if event not in told:
                     await context.write(event)
@@ -75,8 +76,8 @@ class FederationService(FederationServicer):  # type: ignore[misc]
             while not await _happens(changed, self._heartbeat_s):
                 await context.write(pb.Event(heartbeat=Heartbeat()))
 
-    def _events(self) -> Iterator[pb.Event]:
-        """The state as events: what one who has heard nothing yet must hear."""
+    def _events(self, name: str) -> Iterator[pb.Event]:
+        """The state as events: what `name` must hear if it has heard nothing yet."""
         federation = self._federation
         if federation.agreement is None:
             yield pb.Event(waiting=pb.Waiting(joined=federation.joined, expected=federation.expected))
@@ -87,7 +88,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                     labels=agreement.labels,
                     columns=agreement.columns,
                     max_length=agreement.max_length,
-                    policy=federation.policy(),
+                    policy=federation.policy(name),
                 )
             )
         version = federation.version
@@ -98,22 +99,30 @@ class FederationService(FederationServicer):  # type: ignore[misc]
 
     async def Propose(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.ProposeReply:
         async with _refusing(context):
-            message, state = await self._receive(requests, "proposal", _MAX_PROPOSAL_BYTES)
+            message, tensors = await self._receive(requests, "proposal", _MAX_PROPOSAL_BYTES)
             header = message.proposal
             placement = Placement(header.blocks, tuple(header.head), header.num_layers)
-            accepted = self._federation.propose(header.edge, placement, state)
+            accepted = self._federation.propose(header.edge, placement, from_tensors(tensors))
         return pb.ProposeReply(accepted=accepted)
 
     async def Submit(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.SubmitReply:
         async with _refusing(context):
             limit = 2 * self._federation.adapter_bytes + 2**20  # room for a wrong half, which gets a better message
-            message, state = await self._receive(requests, "update", limit)
-            self._federation.submit(half_from_wire(message.update), state)
+            header = pb.UpdateHeader()  # says whose it is once it is there
+            try:
+                message, tensors = await self._receive(requests, "update", limit)
+                header = message.update
+                half, state = half_from_wire(header), from_tensors(tensors)
+            except WireError as error:
+                self._federation.refuse(header.device or None, header.submission or None, str(error))
+                raise
+            self._federation.submit(half, state)
         return pb.SubmitReply()
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         async with _refusing(context):
-            state = self._federation.fetch(request.name, request.version, request.first_layer, request.last_layer)
+            layers = request.first_layer, request.last_layer
+            state = self._federation.fetch(request.name, request.version, *layers, request.rank)
             message = pb.AdapterMessage(version=pb.VersionHeader(version=request.version))
             for frame in frames(message, to_tensors(state), self.traffic):
                 await context.write(frame)
@@ -125,8 +134,8 @@ class FederationService(FederationServicer):  # type: ignore[misc]
 
     async def _receive(
         self, requests: AsyncIterator[pb.AdapterMessage], kind: str, max_bytes: int
-    ) -> tuple[pb.AdapterMessage, AdapterState]:
-        """The one message of a stream. Raises `WireError` when it is of another kind, incomplete or not well-formed."""
+    ) -> tuple[pb.AdapterMessage, list[RawTensor]]:
+        """The one message of a stream. Raises `WireError` when it is of another kind or incomplete."""
         assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic, max_bytes)
         async for frame in requests:
             whole = assembler.feed(frame)
@@ -134,7 +143,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                 message, tensors = whole
                 if message.WhichOneof("body") != kind:
                     raise WireError(f"expected a message of kind '{kind}', got '{message.WhichOneof('body')}'")
-                return message, from_tensors(tensors)
+                return message, tensors
         raise WireError(f"the stream ended before the last byte of '{kind}'")
 
 
@@ -152,6 +161,9 @@ async def _refusing(context: Context) -> AsyncIterator[None]:
     try:
         yield
     except UnknownMemberError as error:  # clients join again and try again: see FederationClient
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    except AdapterWriteError as error:  # a full disk, say: clients try again
+        log.error("%s", error)
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
     except (WireError, AdapterError) as error:
         log.warning("refused: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +40,8 @@ class VersionStore:
         """The newest version, None before the first."""
         return self._newest
 
-    def publish(self, number: int, state: AdapterState, layout: AdapterLayout) -> None:
-        """Write a version and make it the newest.
+    def publish(self, number: int, state: AdapterState, layout: AdapterLayout, extras: Mapping[str, bytes] | None = None) -> None:
+        """Write a version, with `extras` as more files of its folder, and make it the newest.
 
         Raises `AdapterError`, and keeps the newest as it was, when it is not the next one or does not fit `layout`, and
         `AdapterWriteError` when it cannot be written.
@@ -48,7 +49,7 @@ class VersionStore:
         following = 0 if self._newest is None else self._newest.number + 1
         if number != following:
             raise AdapterError(f"version {number} cannot be published: the next one is {following}")
-        peft_format.write(self._path(number), state, layout)
+        peft_format.write(self._path(number), state, layout, extras)
         self._newest = Version(number, state, layout)
 
     def load(self, number: int) -> AdapterState:
@@ -59,6 +60,19 @@ class VersionStore:
         if number == self._newest.number:
             return self._newest.state
         return peft_format.read(self._path(number))[0]
+
+    def extra(self, number: int, name: str) -> bytes | None:
+        """What `publish` wrote to the file `name` beside a version; None when there is no such file.
+
+        Raises `AdapterError` when it cannot be read.
+        """
+        path = self._path(number) / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read: {error}") from error
 
     def _path(self, number: int) -> Path:
         return self.folder / f"v{number}"

@@ -5,84 +5,137 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
-from sfl.adapters.state import AdapterState, difference, require_same_keys, total
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, difference, edge_half, total
+from sfl.model.frozen_factors import frozen_state
 from sfl.model.lora import AdapterSlots
-from sfl.wire.split import OptimizerSpec
+from sfl.wire.split import OptimizerSpec, TrainingRules
+
+_AS_EVER = TrainingRules()
 
 
 class LocalAdapter:
     """Parameters that stem from global version `version`, trained apart from it until the next one is adopted.
 
-    The device and the edge each hold one for their half, with the same optimiser settings: AdamW and SGD treat every
-    parameter by itself, so two halves step exactly as one whole would.
+    The device and the edge each hold one for their half, with the same optimiser settings and rules: AdamW and SGD treat
+    every parameter by itself, so two halves step exactly as one whole would.
     The anchor is where the part of training begins that no submission holds yet: progress = values - anchor. It begins as the
     very arrays of `state`, which nobody may change afterwards: an edge has them once for all devices of one version.
-    Raises `AdapterError` when `state` is not this half's part of an adapter at `cut`.
+    Factors that the rules freeze, and frozen factors, are applied as the version has them; they have no part in progress.
+    Raises `AdapterError` when `state` is not this half's part of an adapter at `cut` with factors of this `rank` (0: that of
+    the LoRA settings).
     """
 
-    def __init__(self, slots: AdapterSlots, state: AdapterState, cut: int, version: int, optimizer: OptimizerSpec) -> None:
+    def __init__(
+        self,
+        slots: AdapterSlots,
+        state: AdapterState,
+        cut: int,
+        version: int,
+        optimizer: OptimizerSpec,
+        rank: int = 0,
+        rules: TrainingRules = _AS_EVER,
+    ) -> None:
         self.version = version
+        self.optimizer = optimizer
         self._slots = slots
-        self._parameters = slots.parameters_for(state, cut)
+        self._cut = cut
+        self._rank = rank
+        self._rules = rules
+        self._all = slots.parameters_for(state, cut, rank)
+        self._frozen = slots.frozen_for(state, cut)
+        self._parameters = {key: parameter for key, parameter in self._all.items() if self._is_trained(key)}
+        for key in self._all.keys() - self._parameters.keys():
+            self._all[key].requires_grad_(False)
         self._optimizer = _make_optimizer(list(self._parameters.values()), optimizer)
-        decay_steps = optimizer.decay_steps
-        self._schedule = LambdaLR(self._optimizer, lambda done: max(0.0, 1 - done / decay_steps) if decay_steps else 1.0)
-        self._anchor = dict(state)
+        self._anchor: AdapterState = {}
+        self._origin: dict[AdapterKey, torch.Tensor] = {}
+        self._begin_at(state)
 
     def mount(self) -> None:
         """Make the half that all share compute with this adapter; gradients that a failed step left are dropped."""
         self._optimizer.zero_grad(set_to_none=True)
-        self._slots.mount(self._parameters)
+        self._slots.mount(self._all, self._frozen)
 
     def values(self) -> AdapterState:
-        """Copies of the present values, float32."""
-        return self._slots.read(self._parameters)
+        """Copies of the present values of all that this half applies, float32."""
+        return self._slots.read(self._all) | frozen_state(self._frozen)
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
-        """What this holds in memory now: `adapter` (the parameters and the anchor), `gradients` and `optimiser` (its state)."""
-        parameters = list(self._parameters.values())
+        """What this holds in memory now: `adapter` (what is applied, and the anchor), `gradients` and `optimiser` (its state)."""
         state = [value for entry in self._optimizer.state.values() for value in entry.values()]
+        frozen = [factor.weight for pair in self._frozen.values() for factor in pair]
         return {
-            "adapter": [*parameters, *map(torch.from_numpy, self._anchor.values())],
-            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "adapter": [*self._all.values(), *frozen, *map(torch.from_numpy, self._anchor.values())],
+            "gradients": [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None],
             "optimiser": [value for value in state if isinstance(value, torch.Tensor)],
         }
 
     def layer_norms(self) -> dict[int, float]:
-        """L2 norm of the gradient of each layer's tensors together, as left by the last backward pass."""
+        """L2 norm of the loss's gradient of each layer's tensors together, as left by the last backward pass."""
         gradients: dict[int, list[torch.Tensor]] = defaultdict(list)
         for key, parameter in self._parameters.items():
             if parameter.grad is not None:
                 gradients[key.layer].append(parameter.grad)
         return {layer: float(torch.nn.utils.get_total_norm(found)) for layer, found in gradients.items()}
 
-    def step(self) -> None:
-        """One optimiser step from the gradients, which are cleared."""
+    def step(self, rate: float) -> None:
+        """One optimiser step at this learning rate from the gradients, which are cleared."""
+        self._pull_to_version()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         self._optimizer.step()
-        self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def take_progress(self) -> AdapterState:
-        """What was learnt since the last call or adoption; the anchor moves here, so that nothing is taken twice."""
-        values = self.values()
-        progress = difference(values, self._anchor)
-        self._anchor = values
+    def take_progress(self, first_layer: int = 0) -> AdapterState:
+        """What the layers from `first_layer` on have learnt since the last call or adoption; their anchor moves here, so that
+        nothing is taken twice."""
+        values = {key: value for key, value in self._trained_values().items() if key.layer >= first_layer}
+        progress = difference(values, edge_half(self._anchor, first_layer))
+        self._anchor = self._anchor | values
         return progress
 
     def adopt(self, state: AdapterState, version: int, keep_progress: bool) -> None:
-        """Go on from a newer global version, plus the progress not taken yet if `keep_progress`. The optimiser's moments stay.
+        """Go on from a newer global version, plus the progress not taken yet if `keep_progress`.
 
+        The optimiser's moments stay, unless the rules want them fresh. Frozen factors may be of another rank than before.
         Raises `AdapterError` when `state` does not have this half's tensors; nothing has changed then.
         """
-        require_same_keys(state, self._anchor)
-        values = total(state, difference(self.values(), self._anchor)) if keep_progress else state
+        self._slots.require(state, self._cut, self._rank)
+        self._frozen = self._slots.frozen_for(state, self._cut)
+        values = {key: state[key] for key in self._all}
+        if keep_progress:
+            values |= total(self._of_trained(state), difference(self._trained_values(), self._anchor))
         with torch.no_grad():
-            for key, parameter in self._parameters.items():
+            for key, parameter in self._all.items():
                 parameter.copy_(torch.from_numpy(values[key]))
-        self._anchor = dict(state)
+        if self._rules.fresh_optimizer:
+            self._optimizer.state.clear()
+        self._begin_at(state)
         self.version = version
+
+    def _begin_at(self, state: AdapterState) -> None:
+        """Take the version whose half is `state` as where training begins, and where the proximal term pulls to."""
+        self._anchor = self._of_trained(state)
+        if self._rules.proximal:
+            self._origin = {key: torch.from_numpy(state[key]).to(parameter.device) for key, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def _pull_to_version(self) -> None:
+        """FedProx: add the gradient of mu/2 ||theta - theta_version||^2, for the tensors that this step trains."""
+        for key, origin in self._origin.items():
+            parameter = self._parameters[key]
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - origin, alpha=self._rules.proximal)
+
+    def _trained_values(self) -> AdapterState:
+        return self._slots.read(self._parameters)
+
+    def _of_trained(self, state: AdapterState) -> AdapterState:
+        return {key: state[key] for key in self._parameters}
+
+    def _is_trained(self, key: AdapterKey) -> bool:
+        return key.layer == HEAD or key.part not in self._rules.frozen_parts
 
 
 def _make_optimizer(parameters: list[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:

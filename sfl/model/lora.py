@@ -16,11 +16,12 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from sfl.adapters.layout import LoraSpec
-from sfl.adapters.state import HEAD, AdapterKey, AdapterState
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState
 from sfl.data.settings import Task
 from sfl.errors import AdapterError, ModelError
 from sfl.model.cut import DeviceHalf, EdgeHalf
 from sfl.model.families import Family, family_of, require_task
+from sfl.model.frozen_factors import FrozenFactors, FrozenSlots
 from sfl.model.skeleton import build_skeleton
 
 _ADAPTER = "default"  # peft's own name for an only adapter
@@ -116,12 +117,16 @@ class AdapterSlots:
         self._at_edge = isinstance(half, EdgeHalf)
         self._lowest_cut = half.lowest_cut if isinstance(half, EdgeHalf) else half.cut
         self.slots: dict[AdapterKey, tuple[nn.Module, str]] = {}
+        layers: dict[tuple[int, str], LoraLayer] = {}
         for index, block in half.own_blocks.items():
             for name, layer in _lora_layers(block):
+                layers[index, name] = layer
                 self.slots[AdapterKey(index, name, "A")] = (layer.lora_A[_ADAPTER], "weight")
                 self.slots[AdapterKey(index, name, "B")] = (layer.lora_B[_ADAPTER], "weight")
         for key, module in _head_tensors(half.head):
             self.slots[key] = (module, key.part)
+        self._shapes = {key: tuple(self._current(key).shape) for key in self.slots}
+        self._frozen = FrozenSlots(layers, _ADAPTER)
 
     def keys(self, cut: int) -> set[AdapterKey]:
         """The tensors that this half trains when the cut is `cut`. Raises `ModelError` where it cannot serve that cut."""
@@ -129,34 +134,60 @@ class AdapterSlots:
             raise ModelError(f"this half was cut {'from' if self._at_edge else 'at'} {self._lowest_cut}, not at {cut}")
         return {key for key in self.slots if not self._at_edge or key.layer >= cut}
 
-    def parameters_for(self, state: AdapterState, cut: int) -> dict[AdapterKey, nn.Parameter]:
-        """A session's own trainable fp32 copies of `state`, this half's part of an adapter at `cut`.
+    def parameters_for(self, state: AdapterState, cut: int, rank: int = 0) -> dict[AdapterKey, nn.Parameter]:
+        """A session's own trainable fp32 copies of `state`, this half's part of an adapter at `cut`, less its frozen factors.
 
-        Raises `AdapterError` naming the first tensor that is missing, unknown or of another shape.
+        Raises `AdapterError` as `require` does.
         """
-        expected = self.keys(cut)
-        for key in sorted(expected ^ state.keys()):
-            problem = "missing from" if key in expected else "unknown to"
-            raise AdapterError(f"adapter tensor {key} is {problem} the half at cut {cut}: are cut and LoRA targets the same?")
-        for key, value in state.items():
-            shape = tuple(self._current(key).shape)
-            if value.shape != shape:
-                raise AdapterError(f"adapter tensor {key} has shape {value.shape}, expected {shape}: is the LoRA rank the same?")
+        self.require(state, cut, rank)
         return {
             key: nn.Parameter(torch.tensor(state[key], dtype=torch.float32, device=self._current(key).device))
-            for key in sorted(expected)
+            for key in sorted(self.keys(cut))
         }
 
-    def mount(self, parameters: dict[AdapterKey, nn.Parameter]) -> None:
-        """Make the half compute with these parameters from now on; gradients arrive in them."""
+    def require(self, state: AdapterState, cut: int, rank: int = 0) -> None:
+        """Raise `AdapterError`, naming the first tensor that is missing, unknown or of another shape, unless `state` is this
+        half's part of an adapter at `cut`; its frozen factors are not looked at.
+
+        A of shape (rank, in) and B (out, rank) may be of any `rank`, 0 for that of the LoRA settings; their product is scaled
+        by the settings' alpha / rank all the same.
+        """
+        expected, given = self.keys(cut), {key for key in state if key.part not in (FROZEN_A, FROZEN_B)}
+        for key in sorted(expected ^ given):
+            problem = "missing from" if key in expected else "unknown to"
+            raise AdapterError(f"adapter tensor {key} is {problem} the half at cut {cut}: are cut and LoRA targets the same?")
+        for key in sorted(given):
+            shape = self._shape(key, rank)
+            if state[key].shape != shape:
+                raise AdapterError(
+                    f"adapter tensor {key} has shape {state[key].shape}, expected {shape}: is the LoRA rank the same?"
+                )
+
+    def frozen_for(self, state: AdapterState, cut: int) -> FrozenFactors:
+        """The frozen factors in `state`, this half's part of an adapter at `cut`; in CPU memory they are its very arrays.
+
+        Raises `AdapterError` as `FrozenSlots.take` does.
+        """
+        shapes = {key: self._shapes[key] for key in self.keys(cut)}
+        return self._frozen.take(state, shapes, next(self._current(key).device for key in shapes))
+
+    def mount(self, parameters: dict[AdapterKey, nn.Parameter], frozen: FrozenFactors | None = None) -> None:
+        """Make the half compute with these parameters and frozen factors from now on; gradients arrive in the parameters."""
         for key, parameter in parameters.items():
             module, name = self.slots[key]
             module._parameters[name] = parameter
+        self._frozen.mount(frozen or {})
 
     @staticmethod
     def read(parameters: dict[AdapterKey, nn.Parameter]) -> AdapterState:
         """Copies of the values, as fp32 arrays."""
         return {key: parameter.detach().float().cpu().numpy().copy() for key, parameter in parameters.items()}
+
+    def _shape(self, key: AdapterKey, rank: int) -> tuple[int, ...]:
+        shape = self._shapes[key]
+        if not rank or key.layer == HEAD:
+            return shape
+        return (rank, shape[1]) if key.part == "A" else (shape[0], rank)
 
     def _current(self, key: AdapterKey) -> Tensor:
         module, name = self.slots[key]

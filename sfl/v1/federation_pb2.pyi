@@ -79,18 +79,16 @@ class Waiting(_message.Message):
     def __init__(self, joined: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
 
 class Agreement(_message.Message):
-    __slots__ = ("labels", "columns", "max_length", "policy", "examples")
+    __slots__ = ("labels", "columns", "max_length", "policy")
     LABELS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
-    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.RepeatedScalarFieldContainer[str]
     columns: _containers.RepeatedScalarFieldContainer[str]
     max_length: int
     policy: UploadPolicy
-    examples: int
-    def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ..., examples: _Optional[int] = ...) -> None: ...
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ...) -> None: ...
 
 class UploadPolicy(_message.Message):
     __slots__ = ("keep_progress", "final_upload", "periodic", "triggered", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "feedback")

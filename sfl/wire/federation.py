@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
-from sfl.adapters.state import AdapterState
+from sfl.adapters.state import AdapterState, byte_size
 from sfl.errors import RefusedError, SflError, UnreachableError, WireError
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
@@ -24,16 +24,29 @@ CALL_S = 300.0  # deadline of one call, a whole adapter's transfer included
 Result = TypeVar("Result")
 
 
+class Uplink(Protocol):
+    """Hears what transfers to the federation server take."""
+
+    def uploaded(self, size: int, seconds: float, failures: int) -> None:
+        """`size` payload bytes have arrived after `seconds`, all tries and the pauses between them included."""
+
+    def answered(self, seconds: float) -> None:
+        """The answer to a small call began after `seconds`."""
+
+
 class FederationClient:
     """Blocking calls to the federation server, each tried again until `give_up_s`, and a thread that watches it.
 
-    `name` is this member's own. `traffic` counts the bytes of all frames. Every method raises `RefusedError` with the
-    server's reason or `UnreachableError`.
+    `name` is this member's own. `traffic` counts the bytes of all frames, `uplink` hears what submissions and fetches
+    take. Every method raises `RefusedError` with the server's reason or `UnreachableError`.
     """
 
-    def __init__(self, address: str, name: str, wait_s: float = 60.0, give_up_s: float = 300.0) -> None:
+    def __init__(
+        self, address: str, name: str, wait_s: float = 60.0, give_up_s: float = 300.0, uplink: Uplink | None = None
+    ) -> None:
         self.traffic = Traffic()
         self._name = name
+        self._uplink = uplink
         self._give_up_s = give_up_s
         self._channel = dial(address, PEER, wait_s)
         self._stub = FederationStub(self._channel)
@@ -64,17 +77,37 @@ class FederationClient:
     def submit(self, header: pb.UpdateHeader, state: AdapterState) -> None:
         """Send one half of an update; sent again, it counts once."""
         message = pb.AdapterMessage(update=header)
-        self._retry(lambda: self._stub.Submit(self._frames(message, state), timeout=CALL_S))
+        started, tries = time.monotonic(), 0
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        """The part of a published version in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0."""
-        request = pb.FetchRequest(name=self._name, version=version, first_layer=first_layer, last_layer=last_layer)
+        def call() -> None:
+            nonlocal tries
+            tries += 1
+            self._stub.Submit(self._frames(message, state), timeout=CALL_S)
+
+        self._retry(call)
+        if self._uplink is not None:
+            self._uplink.uploaded(byte_size(state), time.monotonic() - started, tries - 1)
+
+    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0, rank: int | None = None) -> AdapterState:
+        """The part of a published version in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0.
+
+        Its factors are as a device of `rank` gets them, 0 for that of the LoRA settings; None for the rank that this member
+        has joined with.
+        """
+        rank = self._request.rank if rank is None else rank
+        request = pb.FetchRequest(name=self._name, version=version, first_layer=first_layer, last_layer=last_layer, rank=rank)
 
         def call() -> AdapterState:
             assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic)
-            for frame in self._stub.Fetch(request, timeout=CALL_S):
+            started = time.monotonic()
+            answer = self._stub.Fetch(request, timeout=CALL_S)
+            answer.initial_metadata()  # comes first, and no slow link holds it up with the bytes of the adapter
+            began_s = time.monotonic() - started
+            for frame in answer:
                 whole = assembler.feed(frame)
                 if whole is not None:
+                    if self._uplink is not None:
+                        self._uplink.answered(began_s)
                     return from_tensors(whole[1])
             raise WireError(f"version {version} ended before its last byte")
 

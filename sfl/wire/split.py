@@ -13,6 +13,7 @@ from sfl.adapters.layout import LoraSpec
 from sfl.errors import WireError
 from sfl.v1 import split_pb2 as pb
 from sfl.v1 import tensor_pb2
+from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.wire.adapters import lora_from_wire, lora_to_wire
 from sfl.wire.tensors import RawTensor, require
 from sfl.wire.torch_tensors import WIRE_DTYPE, from_torch, to_torch
@@ -32,10 +33,31 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     decay_steps: int = 0
 
+    def rate(self, step: int) -> float:
+        """The learning rate of step number `step`."""
+        return self.learning_rate * max(0.0, 1 - (step - 1) / self.decay_steps) if self.decay_steps else self.learning_rate
+
+
+@dataclass(frozen=True)
+class TrainingRules:
+    """What the federation's strategy asks of both halves of a device's adapter; see `UploadPolicy` in federation.proto.
+
+    `proximal` is FedProx's mu. `frozen_parts` are the parts of the factors, "A" or "B", that are applied and not trained.
+    With `fresh_optimizer` the moments begin anew with each adopted version. `shared_edge_adapter` concerns the edge alone.
+    """
+
+    proximal: float = 0.0
+    frozen_parts: tuple[str, ...] = ()
+    fresh_optimizer: bool = False
+    shared_edge_adapter: bool = False
+
 
 @dataclass(frozen=True)
 class SessionRequest:
-    """Opens, or resumes, the training session `session` of `device` at its edge; see `Open` in split.proto."""
+    """Opens, or resumes, the training session `session` of `device` at its edge; see `Open` in split.proto.
+
+    `rank` is that of the device's factors, 0 for `lora.rank`.
+    """
 
     session: str
     device: str
@@ -47,6 +69,8 @@ class SessionRequest:
     optimizer: OptimizerSpec
     seed: int
     dtype: str
+    rank: int = 0
+    rules: TrainingRules = TrainingRules()
 
 
 @dataclass(frozen=True)
@@ -87,8 +111,31 @@ class Evaluation:
     logits: torch.Tensor | None
 
 
+def rules_from_wire(message: pb.Open | UploadPolicy) -> TrainingRules:
+    """Raises `WireError` for a proximal term that is no number or below 0, and for parts that cannot be frozen."""
+    if not 0 <= message.proximal < math.inf:
+        raise WireError(f"the proximal term's mu is {message.proximal}: it must be a number, 0 or above")
+    parts = tuple(sorted(set(message.frozen_parts)))
+    if parts not in ((), ("A",), ("B",)):
+        raise WireError(f"the parts {', '.join(parts)} of the factors cannot be frozen together: A can, or B")
+    return TrainingRules(message.proximal, parts, message.fresh_optimizer, message.shared_edge_adapter)
+
+
+def rate_factor_from_wire(message: pb.Step) -> float:
+    """The factor on a step's learning rate. Raises `WireError` unless it is a number above 0, or left out."""
+    factor = message.learning_rate_factor or 1.0
+    if not 0 < factor < math.inf:
+        raise WireError(f"the factor on the learning rate of step {message.step} is {factor}: it must be a number above 0")
+    return factor
+
+
+def step_request(step: int, version: int, rate_factor: float) -> pb.Step:
+    """The request for a training step; a factor of 1 takes no bytes."""
+    return pb.Step(step=step, version=version, learning_rate_factor=0.0 if rate_factor == 1.0 else rate_factor)
+
+
 def open_to_wire(request: SessionRequest) -> pb.Open:
-    optimizer = request.optimizer
+    optimizer, rules = request.optimizer, request.rules
     return pb.Open(
         session=request.session,
         device=request.device,
@@ -105,11 +152,17 @@ def open_to_wire(request: SessionRequest) -> pb.Open:
         ),
         seed=request.seed,
         dtype=request.dtype,
+        rank=request.rank,
+        proximal=rules.proximal,
+        frozen_parts=rules.frozen_parts,
+        shared_edge_adapter=rules.shared_edge_adapter,
+        fresh_optimizer=rules.fresh_optimizer,
     )
 
 
 def open_from_wire(message: pb.Open) -> SessionRequest:
-    """Raises `WireError` for a name that is missing or an optimiser or a dtype that is unknown or cannot work."""
+    """Raises `WireError` for a name that is missing, an optimiser or a dtype that is unknown or cannot work, and as
+    `rules_from_wire` does."""
     if not message.session or not message.device:
         raise WireError("a session and its device must have a name")
     name = message.optimizer.name
@@ -137,6 +190,8 @@ def open_from_wire(message: pb.Open) -> SessionRequest:
         ),
         seed=message.seed,
         dtype=message.dtype,
+        rank=message.rank,
+        rules=rules_from_wire(message),
     )
 
 

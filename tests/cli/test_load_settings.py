@@ -127,7 +127,7 @@ def test_an_unknown_variable_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "meant"),
-    [("--lora.rnak", "--lora.rank"), ("--lora-rnak=3", "--lora.rank"), ("--step", "--steps"), ("--rank", "--lora.rank")],
+    [("--lora.rnak", "--lora.rank"), ("--lora-rnak=3", "--lora.rank"), ("--step", "--steps"), ("--dropout", "--lora.dropout")],
 )
 def test_an_unknown_flag_names_the_nearest(config: Path, flag: str, meant: str) -> None:
     message = refusal(DeviceSettings, config, [flag, "3"])
@@ -205,8 +205,8 @@ def test_help_shows_each_strategys_own_defaults(capsys: pytest.CaptureFixture[st
         load(FedSettings, None, ["--help"], environment={})
     shown = " ".join(capsys.readouterr().out.split())
     assert "uploads of a device (gsfs); by default 1 with gsfs-printed (default: 10)" in shown
-    assert "by default frequency with gsfs-printed, examples with fedavg (default: share)" in shown
-    assert "a new version is adopted; by default no with gsfs-printed, no with fedavg (default: yes)" in shown
+    assert "by default frequency with gsfs-printed; examples with fedavg, fedprox," in shown
+    assert "a new version is adopted; by default no with gsfs-printed, fedavg, fedprox," in shown
 
 
 def test_what_is_printed_can_be_read_again(config: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,11 +14,20 @@ import pytest
 
 from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.data.batches import Batch
+from sfl.device.link_meter import LinkMeter
 from sfl.device.run import DeviceRun, Progress, RunPlan
 from sfl.device.trainer import DeviceTrainer, Figures, TrainedStep
 from sfl.errors import DataError
 from sfl.telemetry import MetricsWriter
-from sfl.v1.federation_pb2 import DEVICE, Periodic, Triggered, UpdateHeader, UploadPolicy
+from sfl.v1.federation_pb2 import (
+    DEVICE,
+    Feedback,
+    NetworkSense,
+    Periodic,
+    Triggered,
+    UpdateHeader,
+    UploadPolicy,
+)
 from tests.metrics import events
 
 STATE: AdapterState = {AdapterKey(0, "q", "A"): np.ones((2, 3), dtype="f4")}
@@ -25,24 +35,36 @@ SIZES = [4, 4, 2]  # of the batches, over and over
 
 
 class Diary:
-    """Trainer and federation in one, which write down what they are asked; each step's gradient norm is told."""
+    """Trainer and federation in one, which write down what they are asked; each step's gradient norm is told.
 
-    def __init__(self, norms: Iterable[float] = ()) -> None:
+    A step takes `step_s` on the `clock`. Validations find the `losses`, in turn, and 1 after the last one.
+    """
+
+    def __init__(self, norms: Iterable[float] = (), losses: Iterable[float] = (), step_s: float = 0.0) -> None:
         self.adapter = SimpleNamespace(version=0)
         self.newest: int | None = 0
         self.finished = False
         self.said: list[str] = []
         self.headers: list[UpdateHeader] = []
+        self.rate_factors: list[float] = []
         self._norms = iter(norms)
+        self._losses = iter(losses)
+        self._step_s = step_s
+        self._now = 0.0
 
-    def step(self, step: int, batch: Batch) -> TrainedStep:
+    def clock(self) -> float:
+        return self._now
+
+    def step(self, step: int, batch: Batch, rate_factor: float = 1.0) -> TrainedStep:
         self.said.append(f"step {step}")
+        self.rate_factors.append(rate_factor)
+        self._now += self._step_s
         return TrainedStep(1.0, {0: next(self._norms, 1.0)})
 
     def evaluate(self, batches: Iterable[Batch]) -> Figures:
         count = len(list(batches))
         self.said.append(f"evaluate {count}")
-        return Figures(1.0, count, 0.5, 0.5) if count else Figures(0.0, 0, None, None)
+        return Figures(next(self._losses, 1.0), count, 0.5, 0.5) if count else Figures(0.0, 0, None, None)
 
     def take_progress(self, submission: str) -> AdapterState:
         self.said.append(f"take {submission}")
@@ -62,7 +84,9 @@ class Diary:
         self.headers.append(header)
 
 
-def made(diary: Diary, policy: UploadPolicy, steps: int, out: Path | None = None, **changes: Any) -> DeviceRun:
+def made(
+    diary: Diary, policy: UploadPolicy, steps: int, out: Path | None = None, uplink: LinkMeter | None = None, **changes: Any
+) -> DeviceRun:
     def batch(size: int) -> Batch:
         ids = np.ones((size, 3), dtype="i8")
         return Batch(ids, ids, np.zeros(size, dtype="i8"))
@@ -77,7 +101,8 @@ def made(diary: Diary, policy: UploadPolicy, steps: int, out: Path | None = None
         test=lambda: [batch(1)] * 5,
     )
     plan = replace(plan, **changes)
-    return DeviceRun(plan, cast(DeviceTrainer, diary), policy, diary, MetricsWriter(out and out / "metrics.jsonl"))
+    metrics = MetricsWriter(out and out / "metrics.jsonl")
+    return DeviceRun(plan, cast(DeviceTrainer, diary), policy, diary, metrics, uplink=uplink, clock=diary.clock)
 
 
 def rounds(**changes: Any) -> UploadPolicy:
@@ -165,3 +190,133 @@ def test_a_policy_that_validates_needs_something_to_validate_on() -> None:
 def test_an_evaluation_over_nothing_is_not_reported(tmp_path: Path) -> None:
     list(made(Diary(), rounds(), 1, tmp_path, test=list))
     assert not events(tmp_path, "eval")
+
+
+class LinkedDiary(Diary):
+    """Whose uploads take `seconds` each and are told to `uplink`, as the federation's client does."""
+
+    def __init__(self, seconds: float, step_s: float, norms: Iterable[float]) -> None:
+        super().__init__(norms, step_s=step_s)
+        self.uplink = LinkMeter()
+        self.seconds = seconds
+        self.failures = 0
+
+    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
+        super().submit(header, state)
+        self.uplink.uploaded(24, self.seconds, self.failures)  # 2 x 3 floats
+
+
+def sensing(**changes: Any) -> UploadPolicy:
+    network = NetworkSense(budget=0.1, lowest=0.5, highest=4)
+    return UploadPolicy(triggered=Triggered(**{"alpha": 0.5, "beta": 0.1, "min_steps": 4, "network": network, **changes}))
+
+
+def uploads_at(folder: Path) -> list[int]:
+    return [event["step"] for event in events(folder, "submit")]
+
+
+GROWING = [2.0**step for step in range(60)]  # each norm but the first fires
+
+
+@pytest.mark.parametrize(
+    ("seconds", "factor", "distance"),
+    [(0.4, 1.0, 4), (0.8, 2.0, 8), (0.41, 1.025, 5), (40.0, 4.0, 16), (0.3, 0.75, 3), (0.001, 0.5, 2)],
+)
+def test_uploads_are_as_far_apart_as_the_link_asks_for(tmp_path: Path, seconds: float, factor: float, distance: int) -> None:
+    # 4 steps of 1 s at a budget of a tenth: 0.4 s of upload are what is allowed at the set distance.
+    diary = LinkedDiary(seconds, 1.0, GROWING)
+    list(made(diary, sensing(), 4 + 2 * distance, tmp_path, diary.uplink))
+    assert uploads_at(tmp_path) == [4, 4 + distance, 4 + 2 * distance]  # nothing is known of the link before the first
+    first, *others = events(tmp_path, "submit")
+    assert first["threshold_factor"] == 1
+    assert "predicted_s" not in first
+    for event in others:
+        assert event["threshold_factor"] == pytest.approx(factor)
+        assert event["predicted_s"] == event["upload_s"] == seconds
+    assert {event["bytes_per_s"] for event in (first, *others)} == {round(24 / seconds)}
+    assert not diary.headers[0].HasField("link")
+    assert diary.headers[1].link.bytes_per_s == pytest.approx(24 / seconds)
+    assert diary.headers[2].link.failures == 0
+
+
+def test_a_link_that_becomes_good_brings_uploads_closer(tmp_path: Path) -> None:
+    diary = LinkedDiary(1.2, 1.0, GROWING)
+    run = iter(made(diary, sensing(), 60, tmp_path, diary.uplink))
+    for _ in range(20):
+        next(run)
+    diary.seconds = 0.2
+    list(run)
+    found = uploads_at(tmp_path)
+    distances = [later - earlier for earlier, later in pairwise(found)]
+    assert distances[0] == 12
+    assert distances[-1] == 2
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_failures_are_counted_and_what_they_took_holds_uploads_back(tmp_path: Path) -> None:
+    diary = LinkedDiary(0.4, 1.0, GROWING)
+    diary.failures, diary.seconds = 2, 1.2  # tries of 0.4 s each
+    list(made(diary, sensing(), 30, tmp_path, diary.uplink))
+    assert uploads_at(tmp_path) == [4, 16, 28]
+    assert [header.link.failures for header in diary.headers] == [0, 1, 2]
+    assert [event["failures"] for event in events(tmp_path, "submit")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("seconds", [0.001, 40.0])
+def test_a_policy_that_does_not_sense_the_network_knows_no_link(tmp_path: Path, seconds: float) -> None:
+    diary = LinkedDiary(seconds, 1.0, GROWING)
+    policy = sensing()
+    policy.triggered.ClearField("network")
+    list(made(diary, policy, 20, tmp_path, diary.uplink))
+    assert uploads_at(tmp_path) == [4, 8, 12, 16, 20]
+    assert {event["threshold_factor"] for event in events(tmp_path, "submit")} == {1}
+    assert diary.headers[1].HasField("link")  # the federation server may want to know all the same
+
+
+def test_rounds_know_no_link(tmp_path: Path) -> None:
+    diary = LinkedDiary(40.0, 1.0, ())
+    diary.finished = True
+    list(made(diary, rounds(), 6, tmp_path, diary.uplink))
+    assert uploads_at(tmp_path) == [2, 4, 6]
+
+
+def test_a_device_that_never_triggers_uploads_all_the_same(tmp_path: Path) -> None:
+    diary = Diary()  # its norms are all equal
+    list(made(diary, sensing(max_steps=7), 25, tmp_path))
+    assert uploads_at(tmp_path) == [7, 14, 21]
+    assert {event["trigger"] for event in events(tmp_path, "submit")} == {"overdue"}
+    assert [header.steps for header in diary.headers] == [7, 7, 7]
+
+
+def test_a_slow_link_puts_the_last_step_off_by_its_factor_and_no_more(tmp_path: Path) -> None:
+    for seconds, found in ((0.8, [7, 21, 35]), (1000.0, [7, 35]), (0.001, [7, 14, 21, 28, 35])):
+        diary = LinkedDiary(seconds, 1.0, ())
+        list(made(diary, sensing(max_steps=7), 36, tmp_path / str(seconds), diary.uplink))
+        assert uploads_at(tmp_path / str(seconds)) == found
+
+
+def test_the_learning_rate_follows_local_validations(tmp_path: Path) -> None:
+    policy = UploadPolicy(
+        triggered=Triggered(alpha=0.5, beta=9, min_steps=1, validate_every=2, threshold=99, metric="loss"),
+        feedback=Feedback(decrease=0.5, increase=1.5, lowest=0.3, patience=1, margin=0.1),
+    )
+    policy.triggered.threshold_decay = policy.triggered.threshold_growth = 1
+    diary = Diary(losses=[1.0, 1.2, 1.05, 1.3, 0.9, 0.8])  # before step 1 and after steps 2, 4, ...
+    list(made(diary, policy, 12, tmp_path))
+    by_hand = [1, 1, 0.5, 0.5, 0.5, 0.5, 0.3, 0.3, 0.45, 0.45, 0.675, 0.675]
+    assert diary.rate_factors == pytest.approx(by_hand)
+    assert [event.get("rate_factor", 1) for event in events(tmp_path, "step")] == pytest.approx(by_hand)
+    assert "rate_factor" not in events(tmp_path, "step")[0]
+
+
+def test_an_adoption_is_a_look_at_performance_too() -> None:
+    policy = UploadPolicy(
+        triggered=Triggered(alpha=0.5, beta=9, min_steps=1, validate_every=99, threshold=99, metric="loss"),
+        feedback=Feedback(decrease=0.5, increase=1, lowest=0.1, patience=1, margin=0),
+    )
+    diary = Diary(losses=[1.0, 2.0])
+    run = iter(made(diary, policy, 3))
+    next(run)
+    diary.newest = 1
+    list(run)
+    assert diary.rate_factors == [1, 0.5, 0.5]

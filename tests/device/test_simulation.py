@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ import torch
 
 from sfl.adapters import peft_format
 from sfl.adapters.state import AdapterState
+from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
 from sfl.errors import SettingsError
 from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
-from sfl.simulation import Simulated, simulate
+from sfl.simulated_time import Pace
+from sfl.simulation import Conditions, LoadedHalves, Simulated, simulate
 from sfl.telemetry import MetricsWriter
+from sfl.v1.federation_pb2 import DEVICE, UpdateHeader
 from tests.flows import write_texts
 from tests.metrics import events, losses_of
 from tests.tiny import save_tiny_model
@@ -38,9 +42,9 @@ def devices(folder: Path, model: Path, cuts: list[int], seed: int = 0, dropout: 
     ]
 
 
-def run(folder: Path, out: str, settings: list[DeviceSettings], strategy: str = "fedavg") -> Simulated:
+def run(folder: Path, out: str, settings: list[DeviceSettings], strategy: str = "fedavg", **more: Any) -> Simulated:
     chosen = StrategySettings(name=strategy, local_steps=3, min_steps=2, validate_every=3)
-    return simulate(FedSettings(devices=len(settings), strategy=chosen), settings, folder / out)
+    return simulate(FedSettings(devices=len(settings), strategy=chosen), settings, folder / out, **more)
 
 
 def newest(folder: Path, out: str, version: int) -> AdapterState:
@@ -109,3 +113,63 @@ def test_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run(tmp_path, "out", devices(tmp_path, save_tiny_model(tmp_path / "model", "bert"), [1, 2]))
     assert len(opened) == 3
     assert all(writer._file is None for writer in opened)
+
+
+def test_halves_that_are_loaded_once_train_as_fresh_ones(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert", hidden_dropout_prob=0.2)
+    halves = LoadedHalves()
+    run(tmp_path, "before", devices(tmp_path, model, [2, 1]), halves=halves)
+    for seed in (0, 1):
+        settings = devices(tmp_path, model, [2, 2, 1], seed)
+        shared = run(tmp_path, f"shared-{seed}", settings, "gsfs", halves=halves)
+        fresh = run(tmp_path, f"fresh-{seed}", settings, "gsfs")
+        assert shared.federation.version == fresh.federation.version
+        for name, values in fresh.local.items():
+            assert all(np.array_equal(shared.local[name][key], value) for key, value in values.items())
+
+
+def test_a_round_ends_with_the_slowest_device_and_its_link(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    paces = {"device-0": Pace(0.1), "device-1": Pace(0.5, bytes_per_s=1e4, round_trip_s=2.0)}
+    found = run(tmp_path, "out", devices(tmp_path, model, [1, 2]), conditions=Conditions(paces))
+    times = [came.simulated_s for came in found.published]
+    sent = found.device_traffic["device-1"][1].sent / 3  # the three are equally large
+    received = found.device_traffic["device-1"][1].received / 3  # versions 0 to 2
+    upload_s, download_s = 2.0 + sent / 1e4, 2.0 + received / 1e4
+    assert times == pytest.approx([0.0, *(number * (download_s + 1.5 + upload_s) for number in (1, 2, 3))], rel=0.01)
+    assert [came.steps for came in found.published] == [0, 6, 12, 18]
+    assert found.published[-1].bytes_received == found.fed_traffic.received
+
+
+def test_who_does_not_wait_goes_on_while_another_uploads(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    slow = {"device-1": Pace(0.1, bytes_per_s=1e3)}
+    settings = devices(tmp_path, model, [1, 2])
+    run(tmp_path, "even", settings, "gsfs")
+    run(tmp_path, "slow", settings, "gsfs", conditions=Conditions(slow))
+    uploads = {out: len(events(tmp_path / out / "device-0", "submit")) for out in ("even", "slow")}
+    assert uploads["slow"] > 1
+    adopted = {out: [event["step"] for event in events(tmp_path / out / "device-0", "adopt")] for out in ("even", "slow")}
+    assert adopted["even"] and adopted["even"] != adopted["slow"]
+
+
+def test_examples_and_updates_can_be_replaced(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    settings = devices(tmp_path, model, [1, 2])
+    seen: set[tuple[str, int]] = set()
+
+    def nothing(header: UpdateHeader, state: AdapterState) -> AdapterState:
+        seen.add((header.device, header.half))
+        return {key: 0 * value for key, value in state.items()}
+
+    found = run(tmp_path, "nothing", settings, conditions=Conditions(tamper=nothing))
+    assert len(seen) == 4 and ("device-0", DEVICE) in seen and found.federation.version == 3
+    first, last = newest(tmp_path, "nothing", 0), newest(tmp_path, "nothing", 3)
+    assert all(np.array_equal(last[key], value) for key, value in first.items())
+
+    own = load_splits(settings[0].data, "classification")
+    alike = {"device-1": own}
+    run(tmp_path, "plain", settings)
+    run(tmp_path, "alike", settings, conditions=Conditions(splits=alike))
+    assert losses_of(tmp_path / "plain" / "device-0")[:3] == losses_of(tmp_path / "alike" / "device-0")[:3]
+    assert losses_of(tmp_path / "plain" / "device-1") != losses_of(tmp_path / "alike" / "device-1")

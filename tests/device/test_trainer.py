@@ -25,8 +25,8 @@ class DirectEdge:
         self._engine = engine
         self._session = session
 
-    def step(self, step: int, version: int, batch: CutBatch) -> StepResult:
-        return replace(self._engine.step(self._session, step, version, batch), **self.changes)
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
+        return replace(self._engine.step(self._session, step, version, batch, rate_factor), **self.changes)
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         return self._engine.evaluate(self._session, version, batch)

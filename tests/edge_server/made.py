@@ -48,18 +48,20 @@ class Halves:
     lowest_cut: int = 1
     dropout: float = 0.0
     hidden: int = 32
+    rank: int = LORA.rank
     config: PretrainedConfig = field(init=False)
     engine: EdgeEngine = field(init=False)
     initial: AdapterState = field(init=False)
 
     def __post_init__(self) -> None:
         self.config = tiny_config(self.family, layers=4, hidden=self.hidden)
-        self.lora = resolve_targets(self.config, LoraSpec(LORA.rank, LORA.alpha, self.dropout, ()))
-        half = EdgeHalf(self._model(), self.lowest_cut)
+        self.lora = resolve_targets(self.config, LoraSpec(self.rank, 2.0 * self.rank, self.dropout, ()))
+        half = EdgeHalf(self.model(), self.lowest_cut)
         self.initial = initial_adapter(self.config, cast(Any, self.task), self.lora, head_state(half), 0)
         self.engine = EdgeEngine(half, inject_lora(half, self.lora), self.task, self.lora, FINGERPRINT)
 
-    def _model(self) -> Any:
+    def model(self) -> Any:
+        """The whole model, uncut and without LoRA."""
         return tiny_model(tiny_config(self.family, layers=4, hidden=self.hidden), self.task, CLASSES)
 
     def request(self, device: str = "device-1", cut: int = 2, **changes: Any) -> SessionRequest:
@@ -86,9 +88,22 @@ class Halves:
 
     def device(self, cut: int = 2) -> tuple[DeviceHalf, LocalAdapter]:
         """The device's side of `request`."""
-        half = DeviceHalf(self._model(), cut)
-        slots = inject_lora(half, self.lora)
-        return half, LocalAdapter(slots, device_half(self.initial, cut), cut, 0, OptimizerSpec("adamw", 0.01))
+        return self.device_of(self.request(cut=cut), self.initial)
+
+    def device_of(self, request: SessionRequest, state: AdapterState) -> tuple[DeviceHalf, LocalAdapter]:
+        """The device's side of a session, which begins with `state`."""
+        half, cut = DeviceHalf(self.model(), request.cut), request.cut
+        slots, rules = inject_lora(half, self.lora), request.rules
+        state = device_half(state, cut)
+        return half, LocalAdapter(slots, state, cut, request.version, request.optimizer, request.rank, rules)
+
+
+def at_rank(state: AdapterState, rank: int) -> AdapterState:
+    """The first `rank` rows of A and columns of B; all for 0."""
+    first = slice(rank or None)
+    return {
+        key: value[first] if key.part == "A" else value[:, first] if key.part == "B" else value for key, value in state.items()
+    }
 
 
 class RecordingFederation:
@@ -98,6 +113,7 @@ class RecordingFederation:
         self.versions = {0: initial}
         self.submitted: list[tuple[UpdateHeader, AdapterState]] = []
         self.fetches: list[int] = []
+        self.ranks: list[int | None] = []  # of these fetches
         self.open = threading.Event()  # submissions wait for it
         self.open.set()
         self.failure: SflError | None = None
@@ -110,13 +126,14 @@ class RecordingFederation:
         self.versions[newest + 1] = total(self.versions[newest], noise)
         return self.versions[newest + 1]
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
+    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0, rank: int | None = None) -> AdapterState:
         self.fetches.append(version)
+        self.ranks.append(rank)
         if self.failure is not None:
             raise self.failure
         if version not in self.versions:
             raise RefusedError(f"there is no version {version}")
-        state = edge_half(self.versions[version], first_layer)
+        state = edge_half(at_rank(self.versions[version], rank or 0), first_layer)
         return device_half(state, last_layer) if last_layer else state
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> None:

@@ -205,7 +205,7 @@ def test_adopt_on_the_device_does_the_same(halves: Halves, keep: bool) -> None:
     def train() -> None:
         adapter.mount()
         half(torch.full((3, 6), 5), batch.attention_mask).square().mean().backward()
-        adapter.step()
+        adapter.step(0.01)
 
     train()
     adapter.take_progress()
@@ -289,6 +289,7 @@ def test_labels_of_a_causal_lm() -> None:
         ({"cut": 1}, "cut 1 is below 2, the lowest"),
         ({"cut": 0}, "cut 0 is not possible"),
         ({"cut": 4}, "cut 4 is not possible"),
+        ({"rank": 3}, "device-1 has LoRA rank 3, above 2, that of the LoRA settings: lower the device's `rank`"),
         ({"lora": {"rank": 3}}, "LoRA settings differ between device-1 and the edge: .*3"),
         ({"lora": {"alpha": 3.0}}, "LoRA settings differ"),
         ({"lora": {"dropout": 0.5}}, "LoRA settings differ"),

@@ -26,9 +26,9 @@ from sfl.v1 import split_pb2, tensor_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.v1.split_pb2_grpc import SplitTrainingStub
 from sfl.wire.frames import Assembler, Traffic, frames
-from sfl.wire.split import SessionRequest, batch_to_wire, open_to_wire
+from sfl.wire.split import SessionRequest, TrainingRules, batch_to_wire, open_to_wire
 from sfl.wire.tensors import RawTensor
-from tests.edge_server.made import Halves, ServedEdge, eventually, served
+from tests.edge_server.made import Halves, ServedEdge, at_rank, eventually, served
 from tests.metrics import events
 
 METHOD = "/sfl.v1.SplitTraining/Train"
@@ -100,6 +100,57 @@ def test_losses_and_gradients_are_the_engines_own(edge: ServedEdge) -> None:
         assert link.traffic.sent == edge.service.traffic.received
         assert link.traffic.received == edge.service.traffic.sent
         link.close()
+
+
+def test_devices_of_other_ranks_get_and_send_factors_of_their_own() -> None:
+    ranks = {"small": 1, "middle": 3, "whole": 0}
+    halves = Halves(rank=4)
+    requests = {name: halves.request(name, rank=rank, cut=1 + rank % 3) for name, rank in ranks.items()}
+    with served(Halves(rank=4)) as edge, contextlib.ExitStack() as stack:
+        links = {name: stack.enter_context(linked(edge, request)) for name, request in requests.items()}
+        newer = edge.federation.publish(1)
+        found: dict[str, list[float]] = {name: [] for name in ranks}
+        for number in range(1, 4):
+            for name, link in links.items():
+                found[name].append(link.step(number, 0, halves.batch(number)).loss)
+        for name, link in links.items():
+            link.submit(f"{name}/1", 0)
+            link.adopt(1, False)
+            session = edge.halves.engine.resume(requests[name])
+            assert session is not None
+            adopted, expected = session.adapter.values(), edge_half(at_rank(newer, ranks[name]), requests[name].cut)
+            assert all(np.array_equal(adopted[key], value) for key, value in expected.items())
+            assert adopted.keys() == expected.keys()
+            link.close()
+        assert sorted(zip(edge.federation.fetches, map(str, edge.federation.ranks))) == [
+            (version, str(rank)) for version in (0, 1) for rank in (0, 1, 3)
+        ]
+        sent = {header.device: progress for header, progress in edge.federation.submitted}
+    for name, rank in ranks.items():
+        session = halves.engine.open(requests[name], at_rank(halves.initial, rank))
+        start = session.adapter.values()
+        assert found[name] == [halves.engine.step(session, number, 0, halves.batch(number)).loss for number in range(1, 4)]
+        learnt = {key: value - start[key] for key, value in session.adapter.values().items()}
+        assert all(np.array_equal(sent[name][key], value) for key, value in learnt.items())
+        assert {value.shape[0] for key, value in sent[name].items() if key.part == "A"} == {rank or 4}
+    assert len({losses[-1] for losses in found.values()}) == 3
+
+
+def test_rules_and_the_factor_on_the_rate_arrive() -> None:
+    halves, rules = Halves(), TrainingRules(proximal=0.5, frozen_parts=("A",), fresh_optimizer=True)
+    request = halves.request(rules=rules)
+    session = halves.engine.open(request, halves.initial)
+    with served(Halves()) as edge, linked(edge, request) as link:
+        for number, factor in ((1, 1.0), (2, 0.5), (3, 1.0)):
+            expected = halves.engine.step(session, number, 0, halves.batch(number), factor)
+            assert link.step(number, 0, halves.batch(number), factor).loss == expected.loss
+        link.submit("device-1/1", 0)
+        link.close()
+    ((_, progress),) = edge.federation.submitted
+    expected_progress = halves.engine.take_progress(session, "device-1/1", 0)
+    assert progress.keys() == expected_progress.keys()
+    assert all(np.array_equal(progress[key], value) for key, value in expected_progress.items())
+    assert not any(key.part == "A" for key in progress)
 
 
 @pytest.mark.parametrize("count", [2, 6])

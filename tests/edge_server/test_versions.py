@@ -43,6 +43,24 @@ def test_those_who_ask_share_one_fetch_of_the_edges_layers() -> None:
     asyncio.run(work())
 
 
+def test_each_rank_is_a_fetch_of_its_own_and_goes_with_its_version() -> None:
+    async def work() -> None:
+        federation, versions = made()
+        small, whole, again = await asyncio.gather(versions.get(0, 1), versions.get(0), versions.get(0, 1))
+        assert again is small
+        ranks = [{value.shape[0] for key, value in state.items() if key.part == "A"} for state in (small, whole)]
+        assert ranks == [{1}, {2}]
+        assert sorted(zip(federation.fetches, federation.ranks)) == [(0, 0), (0, 1)]
+        await versions.get(1, 1)
+        await versions.get(2)
+        assert len(federation.fetches) == 4
+        for rank in (0, 1):  # not among the two newest any more, at whatever rank
+            await versions.get(0, rank)
+        assert len(federation.fetches) == 6
+
+    asyncio.run(work())
+
+
 def test_a_failed_fetch_is_not_kept() -> None:
     async def work() -> None:
         federation, versions = made()

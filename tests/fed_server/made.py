@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.members import Member, Role
 from sfl.fed_server.pool import Half
+from sfl.fed_server.updates import Update
 from sfl.fed_server.versions import VersionStore
-from sfl.settings import FedSettings, StrategySettings
+from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter
 
 LAYERS = 4
@@ -43,6 +46,18 @@ def adapter(seed: int, scale: float = 1.0) -> AdapterState:
     return state
 
 
+def update(name: str, seed: int = 0, state: AdapterState | None = None, **changes: Any) -> Update:
+    """A device's update, `adapter(seed)` unless `state` says otherwise."""
+
+    def read(keys: Collection[AdapterKey] | None) -> AdapterState:
+        found = adapter(seed) if state is None else state
+        return {key: value.copy() for key, value in found.items() if keys is None or key in keys}
+
+    fields: dict[str, Any] = {"version": 0, "examples": 1, "submissions": 1, "pooled": 1, "trained_on": 8, "steps": 1}
+    fields |= {"rank": 2, "cut": 1, "lag": 0, "read": read, "base": lambda: adapter(0)}
+    return Update(name, **{**fields, **changes})
+
+
 COMMON: dict[str, Any] = {
     "task": "classification",
     "base_model": "base",
@@ -62,12 +77,16 @@ def edge(name: str = "edge", **changes: Any) -> Member:
 
 
 def federation(
-    folder: Path, devices: int, clock: Callable[[], float] | None = None, metrics: MetricsWriter | None = None, **changes: Any
+    folder: Path,
+    devices: int,
+    clock: Callable[[], float] | None = None,
+    metrics: MetricsWriter | None = None,
+    pool: Path | None = None,
+    **changes: Any,
 ) -> Federation:
-    """A federation that keeps its versions in `folder`; `strategy` is a dict of strategy settings."""
-    strategy = StrategySettings(**changes.pop("strategy", {}))
-    settings = FedSettings(devices=devices, strategy=strategy, **changes)
-    return Federation(settings, VersionStore(folder), metrics or MetricsWriter(None), clock or Clock())
+    """A federation that keeps its versions in `folder`; `changes` are settings, tables of them as dicts."""
+    settings = FedSettings.model_validate({"devices": devices, **changes})
+    return Federation(settings, VersionStore(folder), metrics or MetricsWriter(None), clock or Clock(), pool)
 
 
 def started(folder: Path, members: list[Member], clock: Callable[[], float] | None = None, **changes: Any) -> Federation:
@@ -88,6 +107,17 @@ def submit(fed: Federation, name: str, state: AdapterState, submission: str = "1
     """Both halves of an update."""
     fed.submit(half("device", name, submission, version), device_half(state, cut))
     fed.submit(half("edge", name, submission, version), edge_half(state, cut))
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfl.adapters.layout import LoraSpec
-from sfl.adapters.state import HEAD, AdapterKey, device_half, edge_half, total
+from sfl.adapters.peft_format import AdapterWriteError
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
 from sfl.errors import AdapterError, RefusedError, SettingsError
 from sfl.fed_server.members import UnknownMemberError
+from sfl.fed_server.merges.average import Average
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import (
     LAYERS,
@@ -24,16 +27,22 @@ from tests.fed_server.made import (
     edge,
     federation,
     half,
+    no_file_above,
     same,
     started,
     submit,
 )
 
 
+def told(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in the metrics."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == kind]
+
+
 def aggregations(folder: Path) -> list[dict[str, Any]]:
     """What the metrics tell of the aggregations."""
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [event for event in events if event["event"] == "aggregate"]
+    return told(folder, "aggregate")
 
 
 # Agreement
@@ -400,21 +409,278 @@ def test_an_aggregation_tells_what_its_updates_were_made_of(tmp_path: Path) -> N
     assert (event["steps"], event["trained_on"]) == ({"a": 7, "b": 5}, {"a": 56, "b": 40})
 
 
-def test_what_can_never_be_aggregated_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fed = started(tmp_path, [device("a")])
-    tries: list[int] = []
+def test_what_can_never_be_aggregated_is_refused_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    pool = tmp_path / "pool"
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics, pool=pool)
+    submit(fed, "b", adapter(2))
+    fed.submit(half("device", "a"), device_half(adapter(1), 1))
+    next(pool.glob("*-device.safetensors")).write_bytes(b"the disk is failing")
+    fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
+    assert fed.version == 1 and same(fed.fetch("a", 1), adapter(0)), "unchanged, but there, as devices may be waiting for it"
+    assert fed.refused == 2 and {event["device"] for event in told(tmp_path, "refused")} == {"a", "b"}
+    assert not list(pool.iterdir())
+    for name in "ab":
+        submit(fed, name, adapter(1), "2", version=1)
+    assert fed.version == 2 and fed.refused == 2
 
-    def fail(*_: object) -> None:
-        tries.append(1)
-        raise AdapterError("no sum")
 
-    monkeypatch.setattr("sfl.fed_server.strategies.base.weighted_sum", fail)
+def test_a_full_disk_is_an_error_that_the_sender_may_try_again_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = started(tmp_path / "adapters", [device("a")], pool=tmp_path / "pool")
+    with no_file_above(200), pytest.raises(AdapterWriteError):
+        fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
+    submit(fed, "a", adapter(1))
+    assert fed.version == 1 and fed.refused == 0
+
+
+# Bad input
+
+
+def poisoned(value: float) -> AdapterState:
+    state = adapter(1)
+    state[AdapterKey(0, "q", "A")][0, 0] = value
+    return device_half(state, 1)
+
+
+@pytest.mark.parametrize(
+    ("sent", "state", "reason"),
+    [
+        (
+            half("device", "a"),
+            poisoned(float("nan")),
+            "0/q/A of an update of device 'a' .cut 1. holds values that are not finite",
+        ),
+        (half("device", "a"), poisoned(float("inf")), "not finite"),
+        (half("device", "a"), {}, "0/q/A is missing"),
+        (half("device", "a"), OTHER_RANK, "has shape"),
+        (half("device", "a", version=5), device_half(adapter(1), 1), "version 5, but the newest is 0"),
+        (half("device", "a", submission=""), device_half(adapter(1), 1), "has no id"),
+    ],
+)
+def test_a_bad_update_is_named_counted_and_the_federation_goes_on(
+    tmp_path: Path, sent: Any, state: AdapterState, reason: str
+) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a")], metrics=metrics)
+    with pytest.raises((AdapterError, RefusedError), match=reason):
+        fed.submit(sent, state)
+    (event,) = told(tmp_path, "refused")
+    assert event["device"] == "a" and re.search(reason, event["reason"]) and fed.refused == 1
+    submit(fed, "a", adapter(1))
+    assert fed.version == 1 and len(told(tmp_path, "refused")) == 1
+
+
+def test_an_update_that_is_too_old_is_set_aside_with_a_reason_and_its_device_goes_on(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device("fast"), device("slow")]
+    fed = started(tmp_path / "adapters", members, strategy={"quorum": 0.5, "max_lag": 1}, metrics=metrics)
+    fed.submit(half("edge", "slow", "begun"), edge_half(adapter(9), 1))
+    for version in range(2):
+        submit(fed, "fast", adapter(version), str(version), version)
+    assert fed.version == 2
+    for _ in range(2):
+        submit(fed, "slow", adapter(9), "late")  # answered as done, however often it comes
+    (event,) = told(tmp_path, "refused")
+    assert (event["device"], event["submission"]) == ("slow", "late")
+    assert "2 behind the newest: strategy.max_lag is 1" in event["reason"]
+    assert fed.version == 2 and fed.submissions == 2
+    submit(fed, "slow", adapter(9), "newer", version=1)
+    assert fed.version == 3
+    fed.submit(half("device", "slow", "begun"), device_half(adapter(9), 1))
+    assert fed.version == 4, "of two halves the first decides"
+
+
+# Ranks
+
+
+def of_rank(state: AdapterState, rank: int) -> AdapterState:
+    parts = {"A": lambda value: value[:rank], "B": lambda value: value[:, :rank]}
+    return {key: parts.get(key.part, lambda value: value)(value) for key, value in state.items()}
+
+
+def test_devices_of_different_ranks_get_and_send_their_own(tmp_path: Path) -> None:
+    members = [device("a", rank=1), device("b", cut=2)]
+    fed = started(tmp_path, members, strategy={"name": "fedavg"})
+    assert same(fed.fetch("a", 0, rank=1), of_rank(adapter(0), 1)) and same(fed.fetch("b", 0), adapter(0))
+    assert same(fed.fetch("edge", 0, 1, rank=1), edge_half(of_rank(adapter(0), 1), 1))
+    with pytest.raises(AdapterError, match=r"shape \(2, 3\), expected \(1, 3\)"):
+        submit(fed, "a", adapter(1))
+    submit(fed, "a", of_rank(adapter(1), 1), "2")
+    submit(fed, "b", adapter(2), cut=2)
+    result = fed.fetch("b", 1)
+    small, key = of_rank(adapter(1), 1), AdapterKey(0, "q", "A")
+    np.testing.assert_allclose(result[key][:1], adapter(0)[key][:1] + 0.5 * small[key] + 0.5 * adapter(2)[key][:1], rtol=1e-5)
+    np.testing.assert_allclose(result[key][1:], adapter(0)[key][1:] + 0.5 * adapter(2)[key][1:], rtol=1e-5)
+    with pytest.raises(RefusedError, match="no device can have rank 3"):
+        fed.fetch("b", 0, rank=3)
+
+
+def test_a_rank_above_that_of_the_settings_is_refused(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2)
+    with pytest.raises(RefusedError, match=r"rank 3 is above the 2 of the LoRA settings.*`lora.rank`"):
+        fed.join(device("a", rank=3))
+
+
+def test_what_needs_one_rank_refuses_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = federation(tmp_path, 2, strategy={"name": "splitlora"})
+    shared.join(device("a", rank=2))
+    monkeypatch.setattr(Average, "any_rank", False)
+    for fed in (shared, federation(tmp_path, 2)):
+        with pytest.raises(RefusedError, match=r"has rank 1 and the others 2.* strategy or merge needs one rank"):
+            fed.join(device("c", rank=1))
+
+
+def test_a_device_that_comes_back_with_another_rank_leaves_its_halves_behind(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = started(tmp_path, [device("a"), device("b")], clock, strategy={"quorum": 1.0})
+    submit(fed, "a", adapter(1), "1")
+    fed.submit(half("edge", "a", "2"), edge_half(adapter(1), 1))
+    fed.watch_ends("a")
+    clock.now += 61
+    fed.join(device("a", rank=1))
+    fed.submit(half("device", "a", "2"), device_half(of_rank(adapter(1), 1), 1))
+    submit(fed, "a", of_rank(adapter(1), 1), "3")
+    submit(fed, "b", adapter(2))
+    assert fed.version == 1, "what it sent at rank 2 is in it"
+    submit(fed, "b", adapter(2), "2", version=1)
+    assert fed.version == 2, "and what it sent at rank 1 in the next"
+
+
+def test_under_ffa_updates_have_no_a(tmp_path: Path) -> None:
+    fed = started(tmp_path, [device("a")], merge="ffa")
+    with pytest.raises(AdapterError, match="0/q/A is unknown"):
+        submit(fed, "a", adapter(1))
+    submit(fed, "a", {key: value for key, value in adapter(1).items() if key.part != "A"}, "2")
+    for key, value in fed.fetch("a", 1).items():
+        expected = adapter(0)[key] + (0 if key.part == "A" else adapter(1)[key])
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["fedex", "flora", "flexlora"])
+def test_every_merge_makes_versions_that_a_restarted_server_goes_on_from(tmp_path: Path, merge: str) -> None:
+    members = [device("a"), device("b", rank=1)]
+    fed = started(tmp_path, members, strategy={"name": "fedavg"}, merge=merge)
+    for version in range(2):
+        submit(fed, "a", adapter(version + 1), str(version), version)
+        submit(fed, "b", of_rank(adapter(version + 5), 1), str(version), version)
+    again = federation(tmp_path, 2, strategy={"name": "fedavg"}, merge=merge)
+    for member in [*members, edge()]:
+        again.join(member)
+    assert again.version == 2 and same(again.fetch("b", 2, rank=1), fed.fetch("b", 2, rank=1))
+    frozen = [key for key in again.fetch("a", 2) if key.part == "frozen_A"]
+    assert bool(frozen) == (merge != "flexlora")
+
+
+def test_where_versions_have_factors_of_their_own_a_devices_updates_of_two_are_not_mixed(tmp_path: Path) -> None:
+    fed = started(tmp_path, [device("a"), device("b")], strategy={"quorum": 1.0}, merge="flora")
+    for name in "ab":
+        submit(fed, name, adapter(1))
+    submit(fed, "a", adapter(1), "late", version=0)
+    submit(fed, "a", adapter(1), "new", version=1)
+    submit(fed, "b", adapter(1), "2", version=1)
+    assert fed.version == 2
+    submit(fed, "b", adapter(1), "3", version=2)
+    assert fed.version == 3 and fed.submissions == 6
+
+
+# Robust rules, privacy and what is remembered
+
+
+def test_a_robust_rule_waits_for_the_updates_that_it_needs_while_they_can_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, metrics = Clock(), MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device(name) for name in "abc"]
+    robust = {"rule": "median", "attackers": 1}
+    fed = started(tmp_path / "adapters", members, clock, strategy={"quorum": 0.3}, robust=robust, metrics=metrics)
+    submit(fed, "a", adapter(1))
+    submit(fed, "b", adapter(1))
+    fed.tick()
+    assert fed.version == 0 and caplog.text.count("median needs 3 updates to bear 1 attackers, and the pool has 2: waiting") == 0
+    assert caplog.text.count("needs 3 updates to bear 1 attackers") == 1, "said once"
+    submit(fed, "c", adapter(1))
+    assert fed.version == 1
+    submit(fed, "a", adapter(1), "2", version=1)
+    fed.leave("c")
+    assert fed.version == 2 and same(fed.fetch("a", 2), fed.fetch("a", 1)), "there will never be three again"
+    assert [event["device"] for event in told(tmp_path, "refused")] == ["a"] and not fed.finished
+
+
+def test_a_robust_rule_may_be_told_not_to_wait(tmp_path: Path) -> None:
+    robust = {"rule": "median", "attackers": 1, "too_few": "refuse"}
+    fed = started(tmp_path, [device(name) for name in "abc"], strategy={"quorum": 0.3}, robust=robust)
+    submit(fed, "a", adapter(1))
+    assert fed.version == 1 and same(fed.fetch("a", 1), adapter(0)) and fed.refused == 1
+
+
+def test_who_was_taken_for_an_attacker_is_told(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device(name) for name in "abcdx"]
+    robust = {"rule": "multi-krum", "attackers": 1}
+    fed = started(tmp_path / "adapters", members, strategy={"name": "fedavg"}, robust=robust, metrics=metrics)
+    for number, name in enumerate("abcd"):
+        submit(fed, name, {key: value + np.float32(0.01 * number) for key, value in adapter(1).items()})
+    submit(fed, "x", {key: -50 * value for key, value in adapter(1).items()})
+    (event,) = told(tmp_path, "refused")
+    (done,) = aggregations(tmp_path)
+    assert event["device"] == "x" and "x" not in done["devices"] and done["devices"].keys() == set("abcd")
+    assert done["steps"].keys() == done["devices"].keys()
+
+
+def test_a_server_optimiser_goes_on_after_a_restart_as_if_there_had_been_none(tmp_path: Path) -> None:
+    strategy = {"name": "fedadam", "local_steps": 1}
+    without = started(tmp_path / "without", [device("a")], strategy=strategy)
+    for version in range(4):
+        submit(without, "a", adapter(version), str(version), version)
+    first = started(tmp_path / "with", [device("a")], strategy=strategy)
+    for version in range(2):
+        submit(first, "a", adapter(version), str(version), version)
+    second = federation(tmp_path / "with", 1, strategy=strategy)
+    second.join(edge())
+    second.join(device("a"))
+    for version in range(2, 4):
+        submit(second, "a", adapter(version), str(version), version)
+    assert same(second.fetch("a", 4), without.fetch("a", 4))
+
+
+def test_moments_of_another_strategy_are_not_taken_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
+    fed = federation(tmp_path, 1, strategy={"name": "fedyogi"})
+    assert "version 1 was made by fedadam" in caplog.text
+    fed.join(device("a"))
+    submit(fed, "a", adapter(2), "2", version=1)
+    assert fed.version == 2
+
+
+@pytest.mark.parametrize("name", ["server_state.safetensors", "privacy.json"])
+def test_a_damaged_memory_stops_the_start(tmp_path: Path, name: str) -> None:
+    submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
+    (tmp_path / "v1" / name).write_bytes(b"no")
+    with pytest.raises(AdapterError, match=f"{name} of version 1 is damaged"):
+        federation(tmp_path, 1, strategy={"name": "fedadam"})
+
+
+def test_what_a_version_that_could_not_be_written_would_have_left_is_forgotten(tmp_path: Path) -> None:
+    fed = started(tmp_path / "a", [device("a")], strategy={"name": "fedadam"})
+    (tmp_path / "a" / "v1").mkdir()
     submit(fed, "a", adapter(1))
     fed.tick()
-    assert len(tries) == 1 and fed.version == 0
-    monkeypatch.undo()
-    submit(fed, "a", adapter(1), "2")
-    assert fed.version == 1
+    (tmp_path / "a" / "v1").rmdir()
+    fed.tick()
+    straight = started(tmp_path / "b", [device("a")], strategy={"name": "fedadam"})
+    submit(straight, "a", adapter(1))
+    for one in (fed, straight):
+        submit(one, "a", adapter(2), "2", version=1)
+    assert same(fed.fetch("a", 2), straight.fetch("a", 2))
+
+
+def test_spent_privacy_outlives_a_restart(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    privacy = {"clip": 1.0, "noise": 1.0, "seed": 1}
+    first = started(tmp_path, [device("a")], privacy=privacy)
+    submit(first, "a", adapter(1))
+    second = federation(tmp_path, 1, privacy=privacy)
+    assert second.epsilons() == first.epsilons() and first.epsilons()["a"] > 0
 
 
 # Presence

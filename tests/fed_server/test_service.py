@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 
 from sfl.adapters import peft_format
+from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
 from sfl.errors import RefusedError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.service import FederationService
+from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 from sfl.wire.adapters import lora_to_wire, to_tensors
@@ -148,6 +150,67 @@ def test_every_watcher_is_told_of_a_single_class(tmp_path: Path) -> None:
                 client.agreement(10)
 
 
+def test_ranks_travel_and_each_device_is_told_its_own_pace(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2, strategy={"name": "gsfs", "min_steps": 10, "pace": 1.0})
+    with serving(fed) as (address, _), clients(address, "edge", "a", "b") as (edge, a, b):
+        edge.join(join_request("edge", pb.EDGE))
+        a.join(join_request("a", rank=1))
+        with pytest.raises(RefusedError, match="rank 3 is above the 2"):
+            b.join(join_request("b", rank=3))
+        b.join(join_request("b", examples=30))
+        assert a.agreement(10).policy.triggered.min_steps == 20  # it has 10 examples, the mean is 20
+        assert b.agreement(10).policy.triggered.min_steps == round(10 / 1.5)
+        edge.propose(PROPOSAL, adapter(0))
+        small = a.fetch(0, 0, 1, rank=1)
+        assert small[AdapterKey(0, "q", "A")].shape == (1, 3) and small[AdapterKey(0, "q", "B")].shape == (5, 1)
+        assert edge.fetch(0, 1, rank=1)[AdapterKey(1, "q", "A")].shape == (1, 3)
+        assert same(b.fetch(0), adapter(0))
+
+
+def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = federation(tmp_path, 1)
+    tries: list[int] = []
+    take = fed.submit
+
+    def submit(*arguments: Any) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise AdapterWriteError("no space left")
+        take(*arguments)
+
+    monkeypatch.setattr(fed, "submit", submit)
+    with serving(fed) as (address, _), clients(address, "edge", "a") as (edge, a):
+        a.join(join_request("a"))
+        edge.join(join_request("edge", pb.EDGE))
+        edge.agreement(10)
+        edge.propose(PROPOSAL, adapter(0))
+        a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1))
+        assert len(tries) == 2
+
+
+def test_what_is_refused_on_arrival_is_counted_with_its_device(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = federation(tmp_path / "adapters", 1, metrics=metrics)
+    with serving(fed) as (address, _), clients(address, "edge", "a") as (edge, a):
+        a.join(join_request("a"))
+        edge.join(join_request("edge", pb.EDGE))
+        edge.agreement(10)
+        edge.propose(PROPOSAL, adapter(0))
+        poisoned = device_half(adapter(1), 1)
+        poisoned[AdapterKey(0, "q", "A")][0, 0] = np.nan
+        for state, reason in ((poisoned, "not finite"), ({}, "0/q/A is missing")):
+            with pytest.raises(RefusedError, match=reason):
+                a.submit(update("a", pb.DEVICE), state)
+        whole = pb.AdapterMessage(update=update("a", pb.DEVICE))
+        parts = list(frames(whole, to_tensors(device_half(adapter(1), 1)), Traffic()))
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError, match="ended before the last byte"):
+            FederationStub(channel).Submit(iter(parts[:1]), timeout=10)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    refused = [(event["device"], event["reason"]) for event in events if event["event"] == "refused"]
+    assert [device for device, _ in refused] == ["a", "a", None] and fed.refused == 3
+    assert all(word in reason for word, (_, reason) in zip(("not finite", "missing", "ended before"), refused))
+
+
 def test_refusals_carry_the_reason_and_harm_nobody_else(tmp_path: Path) -> None:
     with serving(federation(tmp_path, 1)) as (address, _), clients(address, "edge", "a", "b") as (edge, a, b):
         a.join(join_request("a"))
@@ -204,7 +267,7 @@ def test_a_watch_starts_with_the_state_beats_and_ends_with_its_caller(tmp_path: 
         watch = stub.Watch(pb.WatchRequest(name="a"), timeout=10)
         assert next(watch).waiting == pb.Waiting(joined=1, expected=2)
         assert next(watch).WhichOneof("body") == next(watch).WhichOneof("body") == "heartbeat"
-        assert fed._roster.present_devices() == {"a"}
+        assert fed._roster.present_devices() == {"a": 10}
         watch.cancel()
         until(lambda: not fed._roster.present_devices())
 

@@ -43,7 +43,7 @@ def train(family: str, steps: int = 3) -> list[str]:
         loss = half(*tiny_batch(config, seed=step)).square().mean()
         loss.backward()
         adapter.layer_norms()
-        adapter.step()
+        adapter.step(adapter.optimizer.rate(step + 1))
         losses.append(float(loss.detach()).hex())
     return losses
 

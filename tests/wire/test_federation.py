@@ -27,6 +27,7 @@ class Server(FederationServicer):  # type: ignore[misc]
     def __init__(self, watch: Callable[[int, Any], None], leave: Callable[[Any], None]) -> None:
         self.watches = 0
         self.over = threading.Event()
+        self.fetched: list[pb.FetchRequest] = []
         self._watch, self._leave = watch, leave
 
     def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:
@@ -38,6 +39,10 @@ class Server(FederationServicer):  # type: ignore[misc]
         yield PUBLISHED
         self._watch(self.watches, context)
         self.over.wait(10)
+
+    def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.AdapterMessage]:
+        self.fetched.append(request)
+        yield pb.AdapterMessage(version=pb.VersionHeader(version=request.version))
 
     def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveReply:
         self._leave(context)
@@ -54,7 +59,7 @@ def joined(
     server.start()
     client = FederationClient(address, "device-1", 5, 30)
     try:
-        client.join(pb.JoinRequest(name="device-1"))
+        client.join(pb.JoinRequest(name="device-1", rank=2))
         assert client.version(1, 5) == 1
         yield client, servicer
     finally:
@@ -121,3 +126,13 @@ def test_a_watch_that_has_ended_is_told_to_whoever_looks(caplog: pytest.LogCaptu
             with pytest.raises(RefusedError, match="the run was called off"):
                 look()
     assert "the watch has ended: the federation server refused: the run was called off" in caplog.text
+
+
+def test_a_member_fetches_at_the_rank_that_it_joined_with_unless_told_another() -> None:
+    with joined() as (client, server):
+        assert client.fetch(1, 0, 3) == client.fetch(1, 2, rank=0) == client.fetch(0, rank=4) == {}
+    assert [(asked.version, asked.first_layer, asked.last_layer, asked.rank) for asked in server.fetched] == [
+        (1, 0, 3, 2),
+        (1, 2, 0, 0),
+        (0, 0, 0, 4),
+    ]

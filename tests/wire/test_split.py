@@ -12,16 +12,21 @@ import torch
 from sfl.adapters.layout import LoraSpec
 from sfl.errors import WireError
 from sfl.v1 import split_pb2 as pb
+from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.wire.split import (
     Evaluation,
     OptimizerSpec,
     SessionRequest,
     StepResult,
+    TrainingRules,
     evaluation_from_wire,
     evaluation_to_wire,
     open_from_wire,
     open_to_wire,
+    rate_factor_from_wire,
+    rules_from_wire,
     step_from_wire,
+    step_request,
     step_to_wire,
 )
 
@@ -36,11 +41,49 @@ REQUEST = SessionRequest(
     OptimizerSpec("sgd", 0.3, 0.01),
     2**63 - 1,
     "bf16",
+    4,
+    TrainingRules(0.1, ("A",), fresh_optimizer=True, shared_edge_adapter=True),
 )
 
 
-def test_a_session_request_survives() -> None:
-    assert open_from_wire(pb.Open.FromString(open_to_wire(REQUEST).SerializeToString())) == REQUEST
+@pytest.mark.parametrize("request_", [REQUEST, replace(REQUEST, rank=0, rules=TrainingRules())])
+def test_a_session_request_survives(request_: SessionRequest) -> None:
+    assert open_from_wire(pb.Open.FromString(open_to_wire(request_).SerializeToString())) == request_
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proximal": math.nan}, "mu is nan: it must be a number, 0 or above"),
+        ({"proximal": -0.1}, "mu is -0.1"),
+        ({"proximal": math.inf}, "mu is inf"),
+        ({"frozen_parts": ["A", "B"]}, "the parts A, B of the factors cannot be frozen together"),
+        ({"frozen_parts": ["weight"]}, "the parts weight of the factors"),
+    ],
+)
+def test_rules_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    for kind in (pb.Open, UploadPolicy):
+        with pytest.raises(WireError, match=message):
+            rules_from_wire(kind(**changes))
+
+
+def test_rules_are_the_policys() -> None:
+    policy = UploadPolicy(proximal=0.5, frozen_parts=["A", "A"], shared_edge_adapter=True, keep_progress=True)
+    assert rules_from_wire(policy) == TrainingRules(0.5, ("A",), shared_edge_adapter=True)
+    assert rules_from_wire(UploadPolicy()) == TrainingRules()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
+def test_a_factor_on_the_rate_survives_and_1_takes_no_bytes(factor: float) -> None:
+    message = step_request(3, 2, factor)
+    assert rate_factor_from_wire(pb.Step.FromString(message.SerializeToString())) == factor
+    assert (message.ByteSize() == pb.Step(step=3, version=2).ByteSize()) == (factor == 1)
+
+
+@pytest.mark.parametrize("factor", [-1.0, math.nan, math.inf])
+def test_a_factor_on_the_rate_that_cannot_be(factor: float) -> None:
+    with pytest.raises(WireError, match="the factor on the learning rate of step 4 is"):
+        rate_factor_from_wire(pb.Step(step=4, learning_rate_factor=factor))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from sfl.fed_server.strategies.base import Strategy, Update, weighted_sum
-from sfl.fed_server.strategies.fedavg import FedAvg
+from sfl.fed_server.strategies.base import Memory, Standing, Strategy
+from sfl.fed_server.strategies.fedavg import FedAvg, FedProx
+from sfl.fed_server.strategies.fedbuff import FedBuff
+from sfl.fed_server.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from sfl.fed_server.strategies.gsfs import Gsfs
-from sfl.settings import StrategySettings
-from sfl.v1 import federation_pb2 as pb
+from sfl.fed_server.strategies.splitlora import SplitLora
+from sfl.federation_settings import StrategyName, StrategySettings
 
-__all__ = ["Strategy", "Update", "make_strategy", "weighted_sum"]
+__all__ = ["Memory", "Standing", "Strategy", "make_strategy"]
+
+_STRATEGIES: dict[StrategyName, type[Strategy]] = {
+    "gsfs": Gsfs,
+    "gsfs-printed": Gsfs,  # by its defaults
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedadagrad": FedAdagrad,
+    "fedbuff": FedBuff,
+    "splitlora": SplitLora,
+}
 
 
 def make_strategy(settings: StrategySettings) -> Strategy:
     """The strategy that `settings` names."""
-    if settings.name == "fedavg":
-        return FedAvg(settings.local_steps, settings.round_timeout_s, settings.keep_progress, settings.final_upload)
-    triggered = pb.Triggered(
-        alpha=settings.alpha,
-        beta=settings.beta,
-        min_steps=settings.min_steps,
-        validate_every=settings.validate_every,
-        threshold=settings.threshold,
-        threshold_growth=settings.threshold_growth,
-        threshold_decay=settings.threshold_decay,
-        metric=settings.metric,
-    )
-    return Gsfs(settings.quorum, settings.weights, triggered, settings.keep_progress, settings.final_upload)
+    return _STRATEGIES[settings.name](settings)

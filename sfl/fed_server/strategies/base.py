@@ -1,85 +1,112 @@
-"""The seam between the coordinator and a strategy: what is pooled, when it is due, and what becomes of it."""
+"""The seam between the coordinator and a strategy: when the pool is due, what each update weighs, what becomes of their sum."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import ClassVar
 
-from sfl.adapters.state import AdapterState, require_same_keys
-from sfl.errors import AdapterError
+from sfl.adapters.state import AdapterState
+from sfl.fed_server.updates import Update
+from sfl.federation_settings import StrategySettings
 from sfl.v1 import federation_pb2 as pb
+
+Memory = dict[str, AdapterState]  # what a server optimiser remembers: its moments, by name
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one device has learnt since the last aggregation: delta theta_k of a whole adapter, both halves together.
+class Standing:
+    """The pool and who is there, when a strategy is asked whether to aggregate."""
 
-    `delta` sums the `pooled` submissions it consists of, which `steps` local steps on `trained_on` examples made;
-    `version` is the oldest global version that one of them stems from. `examples` is |D_k|, the training examples on the
-    device; `submissions` counts all that the device ever made, these included.
-    """
+    pooled: Mapping[str, int]  # submissions in the pool, not empty, by device
+    present: Mapping[str, int]  # |D_k| of each device that is there and not done
+    missing: int = 0  # more devices that are expected to join yet
+    waited_s: float = 0.0  # since the first update of this pool
+    unreachable: AbstractSet[str] = frozenset()  # of those present: see `Reach`
 
-    device: str
-    delta: AdapterState
-    version: int
-    examples: int
-    submissions: int
-    pooled: int = 1
-    trained_on: int = 0
-    steps: int = 0
+    def complete(self) -> bool:
+        """Whether every device that is present or yet to join is in the pool."""
+        return not self.missing and self.present.keys() <= self.pooled.keys()
 
 
 class Strategy(ABC):
-    """Decides when the pool becomes a new version and how. Knows nothing of gRPC, clocks or files.
+    """Decides when the pool becomes a new version and how. Knows nothing of gRPC, clocks or files, and remembers nothing.
 
-    An update that stems from an older version than the newest counts in full, like any other.
+    Staleness: an update that is `lag` versions behind weighs (1 + lag) ** -staleness times what it would weigh, and what it
+    loses goes to nobody: the version changes by that much less. With a staleness of 0 it counts in full.
     """
 
-    final: bool  # whether what is in the pool when the last device has left is aggregated, too
+    one_rank: ClassVar[bool] = False  # whether all devices must have the same
+
+    def __init__(self, settings: StrategySettings) -> None:
+        self.settings = settings
+
+    @property
+    def final(self) -> bool:
+        """Whether what is in the pool when the last device has left is aggregated, too."""
+        return self.settings.final_upload
+
+    def policy(self, size: float = 1.0) -> pb.UploadPolicy:
+        """When a device uploads, and how it trains; `size` are its training examples over the mean of all devices."""
+        policy = pb.UploadPolicy(
+            keep_progress=self.settings.keep_progress,
+            final_upload=self.settings.final_upload,
+            proximal=self.settings.proximal,
+        )
+        policy.MergeFrom(self._rule(size))
+        return policy
 
     @abstractmethod
-    def policy(self) -> pb.UploadPolicy:
-        """When devices upload."""
+    def _rule(self, size: float) -> pb.UploadPolicy:
+        """The part of the policy that is this strategy's own."""
 
     @abstractmethod
-    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], missing: int, waited_s: float) -> bool:
-        """Whether the pool, not empty, is to be aggregated now.
+    def due(self, standing: Standing) -> bool:
+        """Whether the pool is to be aggregated now."""
 
-        `pooled` are the devices with an update in the pool, `present` those that are there and not done; `missing`
-        more are expected to join yet and count as present. `waited_s` are the seconds since the first update of this pool.
-        """
-
-    @abstractmethod
     def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         """The weight of each update, by device: positive or zero, with a sum of at most 1.
 
         `population` are the training examples of all devices that take part or have done so to their end, in the pool or not.
         """
+        exponent = self.settings.staleness
+        stale = {update.device: (1 + update.lag) ** -exponent for update in updates}
+        return {device: weight * stale[device] for device, weight in self._weights(updates, population).items()}
 
-    def aggregate(self, state: AdapterState, updates: Sequence[Update], population: int) -> tuple[AdapterState, dict[str, float]]:
-        """The next global adapter, and the weight that each device's update had in it."""
-        weights = self.weights(updates, population)
-        return weighted_sum(state, updates, weights), weights
+    @abstractmethod
+    def _weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
+        """The weights before staleness."""
+
+    def prepare(self, updates: Sequence[Update], weights: Mapping[str, float]) -> list[Update]:
+        """The updates as they are to be merged under these weights."""
+        return list(updates)
+
+    def apply(self, state: AdapterState, merged: AdapterState, memory: Memory) -> tuple[AdapterState, Memory]:
+        """The next version from `state`, the newest, and `merged`, what the updates make of it; and what to remember with it.
+
+        `memory` is what was remembered with the newest version, empty before the first one. Nothing is changed in place.
+        """
+        return merged, {}
 
 
-def weighted_sum(state: AdapterState, updates: Sequence[Update], weights: Mapping[str, float]) -> AdapterState:
-    """theta + sum over k of a_k * delta theta_k, in float32, in the order of the devices' names.
+class Rounds(Strategy):
+    """Synchronous rounds: devices upload every `local_steps` steps and wait for the next version; |D_k| / |D| of the pool.
 
-    So the result is the same, to the bit, in whatever order the updates arrived. Raises `AdapterError` when the weights are
-    not finite, negative or more than 1 together, or an update has other tensors than `state`.
+    A round is due when every device that is present or yet to join is in the pool, or `round_timeout_s` seconds after its
+    first update.
     """
-    values = [weights[update.device] for update in updates]
-    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) > 1 + 1e-9:
-        raise AdapterError(f"the weights {dict(weights)} are not shares of one")
-    result = {key: value.copy() for key, value in state.items()}
-    for update in sorted(updates, key=lambda update: update.device):
-        require_same_keys(update.delta, state)
-        for key, value in result.items():
-            value += weights[update.device] * update.delta[key]
-    return result
+
+    def _rule(self, size: float) -> pb.UploadPolicy:
+        rounds = pb.Periodic(local_steps=self.settings.local_steps, round_timeout_s=self.settings.round_timeout_s)
+        return pb.UploadPolicy(periodic=rounds)
+
+    def due(self, standing: Standing) -> bool:
+        return standing.complete() or standing.waited_s >= self.settings.round_timeout_s
+
+    def _weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
+        return shares({update.device: update.examples for update in updates})
 
 
 def shares(values: Mapping[str, float]) -> dict[str, float]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 
-from sfl.fed_server.strategies.base import Strategy, Update, shares
-from sfl.settings import Weights
+from sfl.fed_server.strategies.base import Standing, Strategy, shares
+from sfl.fed_server.updates import Update
 from sfl.v1 import federation_pb2 as pb
 
 
@@ -16,33 +15,74 @@ class Gsfs(Strategy):
 
     (12) an upload of device k puts (delta theta_k, time, k) into the pool; (13) aggregation is due when the number of
     distinct devices in it reaches the quorum M, here a share of the devices that are present or yet to join,
-    rounded up, at least one;
+    rounded up, at least one; or, with `quorum_of` "examples", when the devices in it have that share of these devices'
+    training examples. Devices that cannot be reached do not count, unless they are in the pool (see `Reach`);
     (14) theta <- theta + sum over k in the pool of a_k * delta theta_k, where a_k is, of device k,
 
     - "frequency": its submissions so far over those of all devices in the pool (as printed);
     - "examples": its |D_k| over that of all devices in the pool;
     - "share": its |D_k| over that of all devices that take part, so that what a device has learnt counts alike whoever
-      happens to be in the pool with it.
+      happens to be in the pool with it;
+    - "equal": one over the submissions in the pool.
 
-    Devices follow `triggered`, equations 7 to 11.
+    Devices follow equations 7 to 11.
     """
 
-    def __init__(self, quorum: float, weights: Weights, triggered: pb.Triggered, keep_progress: bool, final_upload: bool) -> None:
-        self.final = final_upload
-        self._quorum = quorum
-        self._weights = weights
-        self._policy = pb.UploadPolicy(keep_progress=keep_progress, final_upload=final_upload, triggered=triggered)
+    def _rule(self, size: float) -> pb.UploadPolicy:
+        chosen = self.settings
+        triggered = pb.Triggered(
+            alpha=chosen.alpha,
+            beta=chosen.beta,
+            min_steps=self._least_steps(size),
+            max_steps=chosen.max_steps,
+            validate_every=chosen.validate_every,
+            threshold=chosen.threshold,
+            threshold_growth=chosen.threshold_growth,
+            threshold_decay=chosen.threshold_decay,
+            metric=chosen.metric,
+        )
+        policy = pb.UploadPolicy(triggered=triggered)
+        if chosen.network:
+            policy.triggered.network.budget = chosen.network_budget
+            policy.triggered.network.lowest = chosen.network_lowest
+            policy.triggered.network.highest = chosen.network_highest
+        if chosen.feedback:
+            policy.feedback.decrease = chosen.feedback_decrease
+            policy.feedback.increase = chosen.feedback_increase
+            policy.feedback.lowest = chosen.feedback_lowest
+            policy.feedback.patience = chosen.feedback_patience
+            policy.feedback.margin = chosen.feedback_margin
+        return policy
 
-    def policy(self) -> pb.UploadPolicy:
-        return self._policy
+    def _least_steps(self, size: float) -> int:
+        """`min_steps` of a device, paced by its data.
 
-    def due(self, pooled: AbstractSet[str], present: AbstractSet[str], missing: int, waited_s: float) -> bool:
-        needed = math.ceil(self._quorum * (len(present) + missing) - 1e-9)  # 0.7 * 10 is a little more than 7
-        return len(pooled) >= max(1, needed)
+        What an update misses of the others' work grows with the steps it spans, i_k, and counts with its weight a_k. For a
+        given number of uploads the sum of squares (a_k i_k)^2 is least when i_k is in proportion to a_k^(-2/3).
+        """
+        paced: int = max(1, round(self.settings.min_steps * size**-self.settings.pace))
+        return min(paced, self.settings.max_steps) if self.settings.max_steps else paced
 
-    def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
-        if self._weights == "share":
+    def due(self, standing: Standing) -> bool:
+        counted = {
+            device: examples
+            for device, examples in standing.present.items()
+            if device in standing.pooled or device not in standing.unreachable
+        }
+        if self.settings.quorum_of == "examples" and counted:
+            # Of those that have left, their examples are not known here; they count as one does on average.
+            average = sum(counted.values()) / len(counted)
+            pooled = sum(counted.get(device, average) for device in standing.pooled)
+            return pooled >= self.settings.quorum * (sum(counted.values()) + standing.missing * average) * (1 - 1e-9)
+        needed = math.ceil(self.settings.quorum * (len(counted) + standing.missing) - 1e-9)  # 0.7 * 10 is a little more than 7
+        return len(standing.pooled) >= max(1, needed)
+
+    def _weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
+        if self.settings.weights == "share":
             return {update.device: update.examples / population for update in updates}
-        if self._weights == "examples":
+        if self.settings.weights == "examples":
             return shares({update.device: update.examples for update in updates})
+        if self.settings.weights == "equal":
+            submissions = sum(update.pooled for update in updates)
+            return {update.device: 1 / submissions for update in updates}
         return shares({update.device: update.submissions for update in updates})

@@ -1,0 +1,72 @@
+"""`sfl compare`: strategies beside each other on one data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from sfl.cli.daemons import rest_between_steps
+from sfl.cli.load_settings import as_toml, load, split_options
+from sfl.errors import SettingsError, SflError
+from sfl.telemetry import configure_logging, log
+
+if TYPE_CHECKING:
+    from sfl.compare.store import Store
+
+
+def compare(context: typer.Context) -> None:
+    """Compare strategies, merges and seeds on one data set, in this process; --show OUT prints what is finished."""
+    from sfl.compare.settings import CompareSettings
+
+    configure_logging("WARNING")
+    if "--show" in context.args:
+        _show(context.args)
+        return
+    options = split_options(context.args)
+    settings = load(CompareSettings, options.config, options.rest, prog="sfl compare")
+    if options.print_config:
+        typer.echo(as_toml(settings), nl=False)
+        return
+    rest_between_steps()
+    from rich.console import Console
+
+    from sfl.compare.compare import compare as compare_all
+    from sfl.compare.progress import EachOnce, Progress
+    from sfl.compare.report import write_report
+
+    log.addFilter(EachOnce())
+    store, failed = compare_all(settings, Progress(Console(stderr=True)))
+    if store.outcomes():
+        files = write_report(store)
+        _print(store)
+        for file in files:
+            typer.echo(f"written: {file}")
+    if failed:
+        raise SflError(f"{len(failed)} runs failed ({', '.join(failed)}): see above; the same call tries them again")
+
+
+def _show(arguments: list[str]) -> None:
+    if len(arguments) != 2 or arguments[0] != "--show":
+        raise SettingsError("--show takes the folder of a comparison and nothing else, as in sfl compare --show out/compare")
+    from sfl.compare.store import Store
+
+    store = Store(Path(arguments[1]))
+    if not store.outcomes():
+        raise SettingsError(f"{arguments[1]} holds no finished run of a comparison")
+    _print(store)
+
+
+def _print(store: Store) -> None:
+    from rich.console import Console
+
+    from sfl.compare.report import headline
+    from sfl.compare.table import as_text
+
+    screen = Console()
+    if not screen.is_terminal:
+        screen.width = 240  # a file or a pipe has room for the whole tables
+    screen.print(headline(store), highlight=False, soft_wrap=True)
+    for table in as_text(store.outcomes()):
+        screen.print(table)

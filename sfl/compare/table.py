@@ -1,0 +1,176 @@
+"""The comparison as tables: how good, at what cost, for whom. The same rows as text, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from sfl.compare.outcome import DeviceOutcome, Outcome
+
+Outcomes = Mapping[str, Mapping[int, Outcome]]  # by variant, then by seed
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a run. `digits` follow the point; `spread` shows the least and the greatest over seeds beside the mean."""
+
+    name: str
+    title: str
+    figure: Callable[[Outcome], float | None]
+    digits: int
+    spread: bool = True
+    always: bool = True  # whether it is shown where no run has it
+
+
+def _own(outcome: Outcome, figure: str) -> float | None:
+    """The mean over honest devices of a figure of their own adapters, weighted by their test examples."""
+    found = [(getattr(device.own, figure), device.test) for device in outcome.honest if device.own is not None]
+    return sum(value * count for value, count in found) / sum(count for _, count in found) if found else None
+
+
+def _over_devices(outcome: Outcome, summary: Callable[[Sequence[float]], float]) -> float | None:
+    """A summary of what the honest devices' users get: the accuracy of the last version on each one's own test examples."""
+    return summary([device.central_accuracy for device in outcome.honest])
+
+
+def _mega(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+QUALITY = (
+    Column("accuracy", "accuracy", lambda run: run.central.accuracy, 3),
+    Column("f1_macro", "macro-F1", lambda run: run.central.f1_macro, 3),
+    Column("loss", "loss", lambda run: run.central.loss, 3),
+    Column("calibration_error", "ECE", lambda run: run.central.calibration_error, 3, False),
+    Column("device_accuracy", "devices' accuracy", lambda run: _own(run, "accuracy"), 3),
+    Column("device_f1_macro", "devices' macro-F1", lambda run: _own(run, "f1_macro"), 3),
+    Column("device_loss", "devices' loss", lambda run: _own(run, "loss"), 3, False),
+    Column("fairness_sd", "sd over devices", lambda run: _over_devices(run, statistics.pstdev), 3, False),
+    Column("worst_device", "worst device", lambda run: _over_devices(run, min), 3, False),
+    Column("backdoor", "backdoor", lambda run: run.backdoor, 3, always=False),
+    Column("without_trigger", "without trigger", lambda run: run.without_trigger, 3, False, always=False),
+    Column("epsilon", "epsilon", lambda run: run.epsilon, 2, False, always=False),
+)
+COST = (
+    Column("fed_received_mb", "MB up", lambda run: _mega(run.fed_received), 1),
+    Column("fed_sent_mb", "MB down", lambda run: _mega(run.fed_sent), 1),
+    Column("edge_received_mb", "MB to edge", lambda run: _mega(run.edge_received), 1, False),
+    Column("edge_sent_mb", "MB from edge", lambda run: _mega(run.edge_sent), 1, False),
+    Column("submissions", "submissions", lambda run: run.submissions, 0, False),
+    Column("versions", "versions", lambda run: run.versions, 0, False),
+    Column("refused", "refused", lambda run: run.refused or None, 0, False, always=False),
+    Column("latency_ms", "ms a text", lambda run: 1e3 * run.latency_s, 1, False),
+    Column("requests_per_minute", "requests/min", lambda run: 60 / run.latency_s, 0, False),
+    Column(
+        "split_latency_ms", "ms split", lambda run: None if run.split_latency_s is None else 1e3 * run.split_latency_s, 1, False
+    ),
+    Column(
+        "split_requests_per_minute",
+        "requests/min split",
+        lambda run: None if run.split_latency_s is None else 60 / run.split_latency_s,
+        0,
+        False,
+    ),
+    Column("simulated_s", "simulated s", lambda run: run.simulated_s, 0, False),
+    Column("wall_s", "s here", lambda run: run.wall_s, 0, False),
+)
+NOTES = (
+    "Mean over the seeds, in brackets the least and the greatest. Accuracy, macro-F1, loss and ECE (expected calibration error,"
+    " 15 bins) are those of the last version on the pooled test examples, with the uncut fp32 model. Devices: each one's own"
+    " adapter on its own test examples, through the split; the mean weighted by their number, attackers left out. Sd and worst"
+    " device: the last version's accuracy on each device's test examples. Backdoor: the share of texts of other labels that are"
+    " taken for the target's, with the trigger and without.",
+    "MB are 10^6 bytes of frames: up and down at the federation server, to and from the edge for its devices. ms a text: the"
+    " mean time of classifying one text, uncut and through device and edge in one process. Simulated s: until the last version,"
+    " with the devices side by side; s here: all of them computing in turn.",
+)
+
+
+def columns(outcomes: Outcomes, all_columns: Sequence[Column]) -> list[Column]:
+    """Those that are always shown, and those that some run has."""
+    runs = [run for by_seed in outcomes.values() for run in by_seed.values()]
+    return [column for column in all_columns if column.always or any(column.figure(run) is not None for run in runs)]
+
+
+def cell(column: Column, runs: Sequence[Outcome]) -> str:
+    """The mean over the runs that have this figure, with its spread over several if the column shows it; `-` for none."""
+    values = [value for value in map(column.figure, runs) if value is not None]
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.{column.digits}f}"
+    if column.spread and len(values) > 1:
+        text += f" ({min(values):.{column.digits}f}-{max(values):.{column.digits}f})"
+    return text
+
+
+def rows(outcomes: Outcomes, shown: Sequence[Column]) -> list[list[str]]:
+    """A row a variant: its name, its number of seeds, and a cell a column."""
+    return [
+        [name, str(len(by_seed)), *(cell(column, list(by_seed.values())) for column in shown)]
+        for name, by_seed in outcomes.items()
+    ]
+
+
+def as_text(outcomes: Outcomes) -> list[Table]:
+    """The tables for a screen."""
+    found = []
+    for title, all_columns in (("how good", QUALITY), ("at what cost", COST)):
+        shown = columns(outcomes, all_columns)
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for heading in ("", "seeds", *(column.title for column in shown)):
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in rows(outcomes, shown):
+            table.add_row(*row)
+        found.append(table)
+    return found
+
+
+def as_markdown(outcomes: Outcomes) -> str:
+    """The tables with what their columns mean, and one of each device's accuracy."""
+    parts = []
+    for all_columns, note in zip((QUALITY, COST), NOTES, strict=True):
+        shown = columns(outcomes, all_columns)
+        parts.append(_markdown(["", "seeds", *(column.title for column in shown)], rows(outcomes, shown)))
+        parts.append(note)
+    names = _device_names(outcomes)
+    parts.append(_markdown(["last version on", *names], [_of_devices(name, runs, names) for name, runs in outcomes.items()]))
+    parts.append("Accuracy of the last version on each device's test examples, mean over the seeds; * where it attacks in some.")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(outcomes: Outcomes) -> list[dict[str, Any]]:
+    """A row a variant: each column's mean, least and greatest, and the runs in full."""
+    found = []
+    for name, by_seed in outcomes.items():
+        figures = {}
+        for column in (*QUALITY, *COST):
+            values = [value for value in map(column.figure, by_seed.values()) if value is not None]
+            if values:
+                figures[column.name] = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+        runs = [{"seed": seed, **run.as_dict()} for seed, run in by_seed.items()]
+        found.append({"name": name, "seeds": list(by_seed), **figures, "runs": runs})
+    return found
+
+
+def _device_names(outcomes: Outcomes) -> list[str]:
+    runs = [run for by_seed in outcomes.values() for run in by_seed.values()]
+    return list(dict.fromkeys(device.name for run in runs for device in run.devices))
+
+
+def _of_devices(name: str, by_seed: Mapping[int, Outcome], names: Sequence[str]) -> list[str]:
+    cells = [name]
+    for device in names:
+        found: list[DeviceOutcome] = [each for run in by_seed.values() for each in run.devices if each.name == device]
+        accuracy = f"{statistics.mean(each.central_accuracy for each in found):.3f}" if found else "-"
+        cells.append(accuracy + ("*" if any(each.attacker for each in found) else ""))
+    return cells
+
+
+def _markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (headings, *lines)]
+    ruler = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (escaped[0], ruler, *escaped[1:]))

@@ -1,0 +1,157 @@
+"""From the updates in the pool to the next version: all stages in their order, each told apart in what comes out.
+
+ 1. privacy: updates of devices whose budget is spent are refused, the others clipped
+ 2. the strategy's weights, staleness included
+ 3. robust rule: suspicious updates are refused or made smaller, or all become one
+ 4. merge of the LoRA factors
+ 5. privacy: noise. Before the next stage, as what is computed from a noisy sum is as private as the sum
+ 6. the strategy's server optimiser
+
+Each is a class of its own that may be left out; with none of them it is the weighted sum of the updates. Updates are read one
+at a time, so memory does not grow with their number, except for rules that say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState
+from sfl.errors import AdapterError, SettingsError
+from sfl.fed_server.merges import make_merge
+from sfl.fed_server.privacy import Privacy
+from sfl.fed_server.robust import Combining, Screening, make_robust, required
+from sfl.fed_server.strategies import Memory, make_strategy
+from sfl.fed_server.updates import Update
+from sfl.settings import FedSettings
+from sfl.v1 import federation_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What an aggregation leaves for the next one; kept with the version."""
+
+    moments: Memory = field(default_factory=dict)  # of the server optimiser
+    spent: Mapping[str, float] = field(default_factory=dict)  # of each device's privacy budget
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What the pool has become. Nothing is remembered of it before it is published: see `Aggregation.keep`."""
+
+    state: AdapterState
+    remembered: Remembered
+    weights: dict[str, float] = field(default_factory=dict)  # of each device whose update counted
+    rejected: dict[str, str] = field(default_factory=dict)  # the reason, by device
+    notes: dict[str, Any] = field(default_factory=dict)  # for the metrics: what the stages have to say
+
+
+class Aggregation:
+    """The stages that the settings name, and what they remember. Raises `SettingsError` when these cannot work together, or
+    the expected devices are too few for the robust rule."""
+
+    def __init__(self, settings: FedSettings, remembered: Remembered | None = None) -> None:
+        self.remembered = remembered or Remembered()
+        self.strategy = make_strategy(settings.strategy)
+        self.merge = make_merge(settings.merge)
+        self._robust = make_robust(settings.robust)
+        self._privacy = Privacy(settings.privacy, self.remembered.spent) if settings.privacy.on else None
+        self._noisy = settings.privacy.noise > 0
+        if self._privacy is not None:
+            self._privacy.check(self.merge, self._robust)
+        rule, attackers = settings.robust.rule, settings.robust.attackers
+        self.least = required(rule, attackers) if self._robust is not None else 1  # updates in a pool
+        self.why = f"robust rule {rule} needs {self.least} updates to bear {attackers} attackers"
+        if self.least > settings.devices:
+            raise SettingsError(
+                f"robust.rule {rule} with robust.attackers {attackers} needs the updates of {self.least} devices, and"
+                f" `devices` is {settings.devices}: lower robust.attackers or choose another rule"
+            )
+
+    def policy(self, size: float = 1.0) -> pb.UploadPolicy:
+        """When a device uploads and how it trains, for this strategy and merge; `size` as for `Strategy.policy`."""
+        policy = self.strategy.policy(size)
+        policy.frozen_parts.extend(self.merge.frozen_parts)
+        policy.fresh_optimizer = self.merge.fresh_optimizer
+        return policy
+
+    def view(self, state: AdapterState, version: int, rank: int) -> AdapterState:
+        """`state`, which is that `version`, as a device of this rank gets it. Raises `AdapterError` for a rank that cannot be."""
+        return self.merge.view(state, rank, f"version {version}")
+
+    def trained(self, state: AdapterState, rank: int) -> AdapterState:
+        """The tensors that an update of this rank has, of the right shapes; their values mean nothing."""
+        left_out = {FROZEN_A, FROZEN_B, *self.merge.frozen_parts}
+        parts: AdapterState = {}
+        for key, value in state.items():
+            if key.layer == HEAD:
+                parts[key] = value
+            elif key.part not in left_out:
+                parts[key] = value[:rank] if key.part == "A" else value[:, :rank]
+        return parts
+
+    def aggregate(self, state: AdapterState, updates: Sequence[Update], population: int) -> Aggregated:
+        """The next version from `state`, the newest. The same, to the bit, in whatever order the updates are given.
+
+        `population` are the training examples of all devices that take part. What cannot be used is in `rejected`; when that
+        is all, the state stays as it is. Raises `AdapterError` when an update cannot be read or the result would not be finite.
+        """
+        counted = sorted(updates, key=lambda update: update.device)
+        rejected: dict[str, str] = {}
+        notes: dict[str, Any] = {}
+        if self._privacy is not None:
+            admitted = self._privacy.admit(counted)
+            counted, rejected, notes["clipped"] = admitted.updates, admitted.refused, admitted.clipped
+        if len(counted) < self.least:
+            few = f"{self.why}, and the pool has {len(counted)}"
+            return Aggregated(state, self.remembered, rejected=rejected | {update.device: few for update in counted})
+        weights = self.strategy.weights(counted, population)
+        merging, shares = self.strategy.prepare(counted, weights), weights
+        if isinstance(self._robust, Screening):
+            screened = self._robust.screen(merging, weights)
+            merging, shares, weights = screened.updates, screened.weights, screened.weights
+            rejected |= screened.rejected
+            notes["made_smaller"] = screened.changed
+        elif isinstance(self._robust, Combining):
+            one = self._combined(self._robust, merging, weights, state)
+            merging, shares = [one], {one.device: sum(weights.values())}
+        merged = self.merge.merge(state, merging, shares)
+        if self._privacy is not None:
+            merged = self._privacy.with_noise(merged, self.merge.trained(merged), weights)
+        result, moments = self.strategy.apply(state, merged, self.remembered.moments)
+        _require_finite(result)
+        spent = self.remembered.spent if self._privacy is None else self._privacy.after(weights)
+        return Aggregated(result, Remembered(moments, spent), weights, rejected, notes)
+
+    def keep(self, done: Aggregated) -> None:
+        """Remember what `done`, now published, leaves."""
+        self.remembered = done.remembered
+        if self._privacy is not None:
+            self._privacy.spent = dict(done.remembered.spent)
+
+    def epsilons(self) -> dict[str, float]:
+        """What each device that took part has spent of its privacy, if there is any."""
+        if self._privacy is None or not self._noisy:
+            return {}
+        return {device: round(epsilon, 4) for device, epsilon in self._privacy.epsilons().items()}
+
+    def _combined(self, rule: Combining, updates: Sequence[Update], weights: Mapping[str, float], state: AdapterState) -> Update:
+        """The one update that `rule` makes of all."""
+        delta = rule.combine(updates, weights)
+        largest = max(updates, key=lambda update: update.rank)
+
+        def read(keys: Collection[AdapterKey] | None) -> AdapterState:
+            return {key: value.copy() for key, value in delta.items() if keys is None or key in keys}
+
+        name = f"{rule.name} of {len(updates)}"
+        return dataclasses.replace(largest, device=name, read=read, base=lambda: self.merge.view(state, largest.rank))
+
+
+def _require_finite(state: AdapterState) -> None:
+    for key, value in state.items():
+        if not np.isfinite(value).all():
+            raise AdapterError(f"adapter tensor {key} would hold values that are not finite: some update is far too large")

@@ -1,0 +1,55 @@
+"""Which devices that are present cannot be counted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+_KEPT = 0.7  # weight of the past in the moving mean of a device's time between two uploads
+
+
+@dataclass
+class _Uploads:
+    last: float  # clock's seconds
+    usual_s: float | None = None  # between two uploads; None before the second
+    failures: int = 0
+    failing: bool = False
+
+
+class Reach:
+    """Tells the devices that a quorum should not wait for, from when and how their uploads came.
+
+    A device cannot be reached as long as its last upload had to be sent more than once, by its own account of its link, or
+    nothing has come from it for more than `overdue` times what usually lies between two of its uploads (0: however long that
+    is). A device that has not uploaded twice yet is waited for. `clock` gives seconds that never go back.
+    """
+
+    def __init__(self, overdue: float, clock: Callable[[], float]) -> None:
+        self._overdue = overdue
+        self._clock = clock
+        self._devices: dict[str, _Uploads] = {}
+
+    def uploaded(self, device: str, failures: int | None) -> None:
+        """Note an upload, with the failed transfers of its link so far as the device counts them, if it does."""
+        now = self._clock()
+        before = self._devices.get(device)
+        if before is None:
+            self._devices[device] = _Uploads(now, failures=failures or 0, failing=bool(failures))
+            return
+        apart = now - before.last
+        usual = apart if before.usual_s is None else _KEPT * before.usual_s + (1 - _KEPT) * apart
+        counted = before.failures if failures is None else failures
+        self._devices[device] = _Uploads(now, usual, counted, counted > before.failures)
+
+    def forget(self, device: str) -> None:
+        """The device has joined anew: its times and counts begin again."""
+        self._devices.pop(device, None)
+
+    def unreachable(self, devices: Collection[str]) -> set[str]:
+        """Those of `devices` that cannot be reached."""
+        return {device for device in devices if device in self._devices and self._lost(self._devices[device])}
+
+    def _lost(self, uploads: _Uploads) -> bool:
+        silent = self._clock() - uploads.last
+        late = self._overdue > 0 and uploads.usual_s is not None and silent > self._overdue * uploads.usual_s
+        return uploads.failing or late

@@ -1,0 +1,49 @@
+"""What one device has learnt, as strategies, merges, robust rules and privacy see it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from sfl.adapters.state import AdapterKey, AdapterState
+
+Read = Callable[[Collection[AdapterKey] | None], AdapterState]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one device has learnt since the last aggregation: delta theta_k of a whole adapter, both halves together.
+
+    The tensors are read when they are asked for, so a thousand updates take no more memory than those that are held at once.
+    """
+
+    device: str
+    version: int  # the oldest global version that one of its submissions stems from
+    examples: int  # |D_k|, the training examples on the device
+    submissions: int  # that the device ever made, these included
+    pooled: int  # submissions that this update is the sum of
+    trained_on: int  # examples, by the steps below
+    steps: int  # local steps that made it
+    rank: int  # of its factors
+    cut: int  # the device's cut layer
+    lag: int  # newest version - version, at the aggregation
+    read: Read  # the tensors named, or all for None, as `delta` gives them
+    base: Callable[[], AdapterState]  # the view of `version` that the device had: trained factors at its rank, frozen ones, head
+
+    def delta(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
+        """delta theta_k, the sum of its submissions, float32; of the tensors named by `keys` alone, those that it has.
+
+        A fresh dict of arrays that the caller may change. Parts that are not trained are absent: frozen factors, and A under
+        FFA. Raises `AdapterError` when the pool's files cannot be read.
+        """
+        return self.read(keys)
+
+    def changed(self, change: Callable[[AdapterState], AdapterState]) -> Update:
+        """The same update with `change` applied to its whole delta, anew at each reading."""
+
+        def read(keys: Collection[AdapterKey] | None) -> AdapterState:
+            whole = change(self.read(None))
+            return whole if keys is None else {key: whole[key] for key in keys if key in whole}
+
+        return dataclasses.replace(self, read=read)

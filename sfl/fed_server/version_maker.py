@@ -1,0 +1,156 @@
+"""From the pool to a published version: when it is due, of whose updates, and what is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+from sfl.adapters.peft_format import AdapterWriteError
+from sfl.adapters.state import AdapterState
+from sfl.errors import AdapterError
+from sfl.fed_server import server_state
+from sfl.fed_server.aggregation import Aggregated, Aggregation
+from sfl.fed_server.members import Roster
+from sfl.fed_server.pool import Pool, Pooled
+from sfl.fed_server.reach import Reach
+from sfl.fed_server.strategies import Standing
+from sfl.fed_server.updates import Update
+from sfl.fed_server.versions import VersionStore
+from sfl.settings import FedSettings
+from sfl.telemetry import MetricsWriter, log
+
+_VIEWS_KEPT = 4  # of old versions, while an aggregation looks at what its updates stem from
+
+Refuse = Callable[[str, None, str], None]  # device, submission, reason
+
+
+class VersionMaker:
+    """Aggregates `pool` and publishes what comes of it in `store`. `refuse` is told of each update that was not used."""
+
+    def __init__(
+        self,
+        settings: FedSettings,
+        aggregation: Aggregation,
+        pool: Pool,
+        roster: Roster,
+        reach: Reach | None,
+        store: VersionStore,
+        metrics: MetricsWriter,
+        refuse: Refuse,
+    ) -> None:
+        self.made = 0  # versions
+        self._settings = settings
+        self._aggregation = aggregation
+        self._pool = pool
+        self._roster = roster
+        self._reach = reach
+        self._store = store
+        self._metrics = metrics
+        self._refuse = refuse
+        self._told_too_few = False
+
+    def view(self, version: int, rank: int) -> AdapterState:
+        """A version as a device of `rank` gets it. Raises `AdapterError` for a version or a rank that is not there."""
+        return self._aggregation.view(self._store.load(version), version, rank)
+
+    def make_if_due(self) -> bool:
+        """Make a version when the strategy says so; while all devices are away, wait for one that comes back or for the end.
+
+        Whether one was published.
+        """
+        pooled, present = self._pool.counts(), self._roster.present_devices()
+        if not pooled or not present:
+            return False
+        unreachable = self._reach.unreachable(present) if self._reach is not None else set[str]()
+        standing = Standing(pooled, present, self._roster.missing(), self._pool.waited_s(), unreachable)
+        return self._aggregation.strategy.due(standing) and not self._waits_for_more(standing) and self.make()
+
+    def _waits_for_more(self, standing: Standing) -> bool:
+        """Whether the robust rule needs more updates than are pooled, and there are devices that could give them."""
+        least = self._aggregation.least
+        could = len(standing.pooled.keys() | standing.present.keys()) + standing.missing
+        if len(standing.pooled) >= least:
+            self._told_too_few = False
+            return False
+        waits = self._settings.robust.too_few == "wait" and could >= least
+        if not self._told_too_few:
+            self._told_too_few = True
+            outcome = "waiting for more" if waits else "these are refused, and so are others until more devices take part"
+            log.warning("%s, and the pool has %d: %s", self._aggregation.why, len(standing.pooled), outcome)
+        return waits
+
+    def make(self) -> bool:
+        """Make a version of the pool. One is published even when no update could be used: devices may be waiting for it.
+
+        False when it cannot be written, because the disk is full, say; the pool stays then, for the next time.
+        """
+        newest = self._store.newest()
+        if newest is None:
+            return False
+        started = time.perf_counter()
+        taken = self._pool.take(mix_versions=self._aggregation.merge.additive)
+        updates = self._updates(taken, newest.number)
+        try:
+            population = self._roster.examples({update.device for update in updates})
+            done = self._aggregation.aggregate(newest.state, updates, population)
+        except AdapterError as error:  # would come again at every tick
+            log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
+            lost = {update.device: str(error) for update in updates}
+            done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
+        try:
+            extras = server_state.files(done.remembered, self._settings.strategy.name)
+            self._store.publish(newest.number + 1, done.state, newest.layout, extras)
+        except AdapterWriteError as error:
+            log.error("%s", error)
+            return False
+        self._pool.remove(taken)
+        self._aggregation.keep(done)
+        self.made += 1
+        self._tell(newest.number + 1, updates, done, time.perf_counter() - started)
+        return True
+
+    def _updates(self, taken: list[Pooled], newest: int) -> list[Update]:
+        view = lru_cache(maxsize=_VIEWS_KEPT)(self.view)
+
+        def update(pooled: Pooled) -> Update:
+            first = pooled.first
+            version = min(submission.version for submission in pooled.submissions)
+            return Update(
+                device=first.device,
+                version=version,
+                examples=self._roster.get(first.device).examples,  # what it has now, not when it submitted
+                submissions=pooled.ever,
+                pooled=len(pooled.submissions),
+                trained_on=sum(submission.trained_on for submission in pooled.submissions),
+                steps=sum(submission.steps for submission in pooled.submissions),
+                rank=first.rank,
+                cut=first.cut,
+                lag=newest - version,
+                read=pooled.read,
+                base=lambda: view(version, first.rank),
+            )
+
+        return [update(pooled) for pooled in taken]
+
+    def _tell(self, version: int, updates: list[Update], done: Aggregated, wall_s: float) -> None:
+        for device, reason in done.rejected.items():
+            log.warning("the update of device '%s' is not in version %d: %s", device, version, reason)
+            self._refuse(device, None, reason)
+        counted = [update for update in updates if update.device in done.weights]
+        submissions = sum(update.pooled for update in counted)
+        epsilons = self._aggregation.epsilons()
+        self._metrics.write(
+            "aggregate",
+            version=version,
+            devices=done.weights,
+            lags={update.device: update.lag for update in counted},
+            submissions=submissions,
+            steps={update.device: update.steps for update in counted},
+            trained_on={update.device: update.trained_on for update in counted},
+            wall_s=round(wall_s, 4),
+            **done.notes,
+            **({"epsilon": epsilons} if epsilons else {}),
+        )
+        devices = ", ".join(sorted(update.device for update in counted))
+        log.info("version %d from %d submissions of %s", version, submissions, devices or "no device, unchanged")

@@ -1,0 +1,62 @@
+"""Rows of figures by hand: means, spreads, weights, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sfl.compare.table import COST, QUALITY, as_json, as_markdown, as_text, cell, columns, rows
+from tests.compare.made import outcome
+
+COLUMNS = {column.name: column for column in (*QUALITY, *COST)}
+
+
+def figure(name: str, **changes: Any) -> float | None:
+    return COLUMNS[name].figure(outcome(**changes))
+
+
+def test_figures_of_a_run() -> None:
+    assert figure("device_accuracy") == pytest.approx((10 * 0.5 + 30 * 0.9) / 40)
+    assert figure("device_loss") == pytest.approx((10 * 1.0 + 30 * 0.5) / 40)
+    assert figure("device_accuracy", attacked=True) == 0.5
+    assert figure("fairness_sd") == pytest.approx(0.1)
+    assert figure("worst_device") == 0.6
+    assert (figure("fed_received_mb"), figure("latency_ms"), figure("requests_per_minute")) == (10.0, 10.0, 6000.0)
+    assert figure("split_requests_per_minute") == 3000.0
+
+
+def test_a_cell_has_mean_and_spread() -> None:
+    runs = [outcome(accuracy) for accuracy in (0.9, 0.8, 0.94)]
+    assert cell(COLUMNS["accuracy"], runs) == "0.880 (0.800-0.940)"
+    assert cell(COLUMNS["accuracy"], runs[:1]) == "0.900"
+    assert cell(COLUMNS["calibration_error"], runs) == "0.100"
+    assert cell(COLUMNS["backdoor"], runs) == "-"
+    assert cell(COLUMNS["submissions"], [outcome(submissions=3), outcome(submissions=6)]) == "4"
+
+
+def test_columns_that_no_run_has_are_left_out() -> None:
+    plain = {"fedavg": {0: outcome()}}
+    attacked = {**plain, "worse": {0: outcome(backdoor=0.5, without_trigger=0.1, epsilon=3.0, refused=2)}}
+    shown = {column.name for column in columns(plain, (*QUALITY, *COST))}
+    assert "backdoor" not in shown and "refused" not in shown and "accuracy" in shown
+    more = {column.name for column in columns(attacked, (*QUALITY, *COST))}
+    assert more - shown == {"backdoor", "without_trigger", "epsilon", "refused"}
+
+
+def test_text_markdown_and_json_say_the_same() -> None:
+    nothing = {"submissions": None, "fed_received": None, "fed_sent": None, "edge_received": None, "split_latency_s": None}
+    outcomes = {"a | b": {0: outcome(0.9, attacked=True), 1: outcome(0.8)}, "centralised": {0: outcome(0.95, **nothing)}}
+    shown = columns(outcomes, QUALITY)
+    assert rows(outcomes, shown)[0][:3] == ["a | b", "2", "0.850 (0.800-0.900)"]
+    assert [table.row_count for table in as_text(outcomes)] == [2, 2]
+    markdown = as_markdown(outcomes)
+    assert "| a \\| b | 2 | 0.850 (0.800-0.900) |" in markdown and "| centralised | 1 | 0.950 |" in markdown
+    assert "| last version on | a | b |" in markdown and "| a \\| b | 0.600 | 0.800* |" in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in lines[:4]} == {len(shown) + 3}
+    first = json.loads(json.dumps(as_json(outcomes)))[0]
+    assert first["accuracy"] == {"mean": pytest.approx(0.85), "min": 0.8, "max": 0.9}
+    assert [run["seed"] for run in first["runs"]] == [0, 1] and first["runs"][0]["devices"][1]["attacker"] is True
+    assert "fed_received_mb" not in as_json(outcomes)[1]

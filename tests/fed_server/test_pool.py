@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from sfl.adapters.peft_format import AdapterWriteError
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
+from sfl.errors import AdapterError
+from sfl.fed_server import half_files
+from sfl.fed_server.pool import Pool
+from sfl.telemetry import peak_since_restart_mb, restart_peak
+from tests.fed_server.made import Clock, adapter, half, no_file_above, same
+
+
+def made(folder: Path | None = None) -> Pool:
+    return Pool(folder, 600, Clock())
+
+
+def add(pool: Pool, name: str, state: AdapterState, submission: str = "1", version: int = 0, rank: int = 2, cut: int = 1) -> None:
+    """Both halves of a submission."""
+    pool.add(half("edge", name, submission, version), edge_half(state, cut), rank, cut)
+    pool.add(half("device", name, submission, version, examples=8, steps=1), device_half(state, cut), rank, cut)
+
+
+def test_what_is_pooled_comes_back_to_the_bit_and_goes_when_it_is_removed(tmp_path: Path) -> None:
+    pool = made(tmp_path / "pool")
+    for seed, name in enumerate("cab"):
+        add(pool, name, adapter(seed))
+    pool.add(half("device", "a", "2", steps=3), device_half(adapter(9), 1), 2, 1)
+    assert len(list((tmp_path / "pool").iterdir())) == 7
+    taken = pool.take(mix_versions=True)
+    assert [one.first.device for one in taken] == ["a", "b", "c"]
+    assert all(same(one.read(), adapter(seed)) for one, seed in zip(taken, (1, 2, 0)))
+    key = AdapterKey(HEAD, "score", "weight")
+    assert taken[0].read([key]).keys() == {key}
+    pool.remove(taken)
+    assert pool.counts() == {} and [path.name for path in (tmp_path / "pool").iterdir()] == ["00000007-device.safetensors"]
+    pool.drop("a")
+    assert not list((tmp_path / "pool").iterdir())
+
+
+def test_a_file_says_whose_half_it_is(tmp_path: Path) -> None:
+    pool = made(tmp_path)
+    odd = half("device", "../a b", "s/1", version=3, examples=80, steps=10, failures=2)
+    pool.add(odd, device_half(adapter(1), 1), rank=2, cut=1)
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()
+    assert about == {"device": "../a b", "submission": "s/1", "half": "device", "version": "3", "examples": "80"} | {
+        "steps": "10",
+        "failures": "2",
+        "rank": "2",
+        "cut": "1",
+    }
+
+
+def test_what_was_read_may_be_changed_and_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    file = half_files.write(path, adapter(1), {})
+    read = file.read()
+    for value in read.values():
+        value += 1
+    assert same(file.read(), adapter(1)), "a change stays in memory"
+    path.unlink()
+    gc.collect()
+    assert all(np.array_equal(value, adapter(1)[key] + 1) for key, value in read.items())
+
+
+def test_successive_submissions_of_a_device_add_up() -> None:
+    pool = made()
+    add(pool, "a", adapter(1), "1")
+    add(pool, "b", adapter(3), "1")
+    add(pool, "a", adapter(2), "2")
+    a, b = pool.take(mix_versions=True)
+    assert same(a.read(), total(adapter(1), adapter(2))) and same(b.read(), adapter(3))
+    assert (len(a.submissions), a.ever, b.ever, pool.counts()) == (2, 2, 1, {"a": 2, "b": 1})
+    pool.remove([a, b])
+    add(pool, "a", adapter(4), "3")
+    (again,) = pool.take(mix_versions=True)
+    assert (again.ever, pool.submissions()) == (3, 4)
+
+
+def test_what_cannot_be_added_up_is_left_for_the_next_time() -> None:
+    pool = made()
+    for submission, version in (("1", 0), ("2", 0), ("3", 1)):
+        add(pool, "a", adapter(int(submission)), submission, version)
+    assert len(pool.take(mix_versions=True)[0].submissions) == 3
+    (first,) = pool.take(mix_versions=False)
+    assert same(first.read(), total(adapter(1), adapter(2))) and first.ever == 2
+    pool.remove([first])
+    assert pool.counts() == {"a": 1}
+    (rest,) = pool.take(mix_versions=False)
+    assert same(rest.read(), adapter(3)) and rest.ever == 3
+    small = {key: value[:1] if key.part == "A" else value[:, :1] for key, value in adapter(4).items() if key.layer != HEAD}
+    add(pool, "a", {**adapter(4), **small}, "4", 1, rank=1)
+    (rest,) = pool.take(mix_versions=True)
+    assert rest.first.rank == 2 and len(rest.submissions) == 1, "another rank"
+
+
+def test_a_full_disk_refuses_a_half_of_which_nothing_stays(tmp_path: Path) -> None:
+    pool = made(tmp_path)
+    new = half("device", "a")
+    with no_file_above(200), pytest.raises(AdapterWriteError, match="cannot keep half an update"):
+        pool.add(new, adapter(1), 2, 4)
+    assert not list(tmp_path.iterdir()) and not pool.knows(new) and not pool.waits_for(new)
+    add(pool, "a", adapter(1))
+    assert same(pool.take(mix_versions=True)[0].read(), adapter(1))
+
+
+def test_what_an_earlier_server_left_is_deleted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add(made(tmp_path), "a", adapter(1))
+    (tmp_path / ".00000009-edge.safetensors").write_bytes(b"unfinished")
+    (tmp_path / "notes").write_text("mine")
+    made(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert "3 halves of updates" in caplog.text
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterWriteError, match="cannot be kept in"):
+        made(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0[]", None])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    pool = made(tmp_path)
+    add(pool, "a", adapter(1))
+    path = tmp_path / "00000002-device.safetensors"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(AdapterError, match=r"00000002-device.* cannot be read"):
+        pool.take(mix_versions=True)[0].read()
+
+
+def test_reading_takes_the_memory_of_one_update_however_many_there_are() -> None:
+    pool = made()
+    big = {AdapterKey(0, "q", "A"): np.ones((2, 500_000), "f4"), AdapterKey(1, "q", "A"): np.ones((2, 500_000), "f4")}
+    for number in range(30):
+        add(pool, f"d{number:02}", big)
+    sums = {key: np.zeros_like(value) for key, value in big.items()}
+    if not restart_peak():
+        pytest.skip("the kernel does not count the peak anew")
+    before = peak_since_restart_mb()
+    for pooled in pool.take(mix_versions=True):
+        for key, value in pooled.read().items():
+            sums[key] += value
+    assert all((value == 30).all() for value in sums.values())
+    assert peak_since_restart_mb() - before < 40, "30 updates of 8 MB"
