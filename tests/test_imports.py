@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DAEMONS = ("sfl.device", "sfl.edge_server", "sfl.fed_server")
 HEAVY = ("torch", "transformers", "peft")
-LIGHT = ("fed_server", "adapters", "cache", "wire", "settings.py", "telemetry.py", "errors.py", "__init__.py")
+LIGHT = ("fed_server", "adapters", "cache", "model/packed.py", "wire", "settings.py", "telemetry.py", "errors.py", "__init__.py")
 WITH_TORCH = ("wire/split.py", "wire/torch_tensors.py")
 
 
