@@ -6,7 +6,8 @@
 Needs a Docker engine (DOCKER_HOST) and an image with this machine's C library; this environment and checkout are mounted into
 it. The device has a copy of the environment and its own provisioned half, evicted from the page cache before each run, so that
 every file page it touches is charged to its container. To find the smallest limits, with 3 steps each, the edge's model ends 2
-blocks above the deepest cut, which a device does not notice. MB are 10**6 bytes; the search ends at steps of `--step` MB.
+blocks above the deepest cut, which a device does not notice. A container in which a run takes more than `PATIENCE` times as
+long as without a limit, reading the same pages over and over, is too small. MB are 10**6 bytes, found to `--step` MB.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from shapes import make_model, write_texts
 
 ROOT = Path(__file__).parents[1]
 BATCH, LENGTH, STEPS, SEARCH_STEPS = 4, 128, 10, 3
-LOWEST, HIGHEST = 160, 1200  # MB between which the smallest container is looked for
+LOWEST = 160  # MB: no container is tried below
+LONGEST_S, PATIENCE = 900.0, 5.0
 EVICT = """
 import os, sys
 for place in sys.argv[1:]:
@@ -75,7 +77,14 @@ class Yard:
         docker("network", "rm", self.network, check=False)
 
     def train(
-        self, model: Path, cut: int, precision: str, micro_batch: int, limit_mb: int | None, steps: int
+        self,
+        model: Path,
+        cut: int,
+        precision: str,
+        micro_batch: int,
+        limit_mb: int | None,
+        steps: int,
+        within_s: float = LONGEST_S,
     ) -> dict[str, object]:
         """One run of `steps` steps; what the device reported at its end, or why it has none."""
         names = {role: f"{self.network}-{role}" for role in ("fed", "edge", "device")}
@@ -98,10 +107,10 @@ class Yard:
         )  # fmt: skip
         try:
             code = int(
-                subprocess.run(["docker", "wait", names["device"]], check=True, stdout=subprocess.PIPE, timeout=900).stdout
+                subprocess.run(["docker", "wait", names["device"]], check=True, stdout=subprocess.PIPE, timeout=within_s).stdout
             )
         except subprocess.TimeoutExpired:
-            return {"failed": "not done after 900 s"}
+            return {"failed": f"not done after {within_s:.0f} s"}
         if code:
             killed = docker("inspect", "-f", "{{.State.OOMKilled}}", names["device"]) == "true"
             last = subprocess.run(
@@ -114,18 +123,25 @@ class Yard:
 
 def smallest(yard: Yard, model: Path, cut: int, precision: str, micro_batch: int, step_mb: int) -> tuple[int, float]:
     """MB of the smallest container, and the peak without a limit; ends this process where the run fails without one."""
+    yard.train(model, cut, precision, micro_batch, None, 1)  # provisions the device
+    started = time.monotonic()
     free = yard.train(model, cut, precision, micro_batch, None, SEARCH_STEPS)
     if "failed" in free:
         sys.exit(f"cut {cut}, {precision}, without a limit: {free['failed']}")
+    within_s = PATIENCE * (time.monotonic() - started)
+
+    def fails_in(limit_mb: int) -> bool:
+        return "failed" in yard.train(model, cut, precision, micro_batch, limit_mb, SEARCH_STEPS, within_s)
+
     peak = float(str(free["peak_rss_mb"]))
     works = (int(peak) // step_mb + 2) * step_mb
-    while "failed" in yard.train(model, cut, precision, micro_batch, works, SEARCH_STEPS):
+    while fails_in(works):
         works += 2 * step_mb
     fails = LOWEST
     while works - fails > step_mb:
         # Near the peak first: file pages can be evicted, so the smallest is some way below it, not half.
         middle = max((works + fails) // 2, works - 4 * step_mb) // step_mb * step_mb
-        if "failed" in yard.train(model, cut, precision, micro_batch, middle, SEARCH_STEPS):
+        if fails_in(middle):
             fails = middle
         else:
             works = middle

@@ -94,7 +94,7 @@ def measured(one: Combination, models: Path, steps: int) -> float:
                 cut=one.cut, precision=one.precision, micro_batch=one.micro_batch, steps=steps, batch_size=one.batch,
                 max_length=one.length, threads=1,
             )  # fmt: skip
-            command += ["--tight-memory", *(["--checkpointing"] if one.checkpointing else [])]
+            command += ["--checkpointing"] if one.checkpointing else []
             subprocess.run(command, check=True, stderr=(folder / "device.txt").open("w"), timeout=1200)
         return float(end_of(folder / "device")["peak_rss_mb"])
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DAEMONS = ("sfl.device", "sfl.edge_server", "sfl.fed_server")
 HEAVY = ("torch", "transformers", "peft")
 SETTINGS = ("settings.py", "base_settings.py", "federation_settings.py")
-LIGHT = ("fed_server", "adapters", "cache", "wire", *SETTINGS, "telemetry.py", "errors.py", "__init__.py")
+LIGHT = ("fed_server", "adapters", "cache", "model/packed.py", "wire", *SETTINGS, "telemetry.py", "errors.py", "__init__.py")
 WITH_TORCH = ("wire/split.py", "wire/torch_tensors.py")
 
 

@@ -1,15 +1,14 @@
 """A folder of halves: found by key, used only when whole, bounded, the least recently used gone first.
 
-FOLDER/<fingerprint>/cut-2-int8/manifest.json   the files with their checksums
-FOLDER/<fingerprint>/cut-2-int8/model/          the half, a model folder like any other
-FOLDER/<fingerprint>/cut-2-int8.part/model/     one that is being packed or fetched, or was until a break
-FOLDER/locks/                                   taken by who writes or uses a half
+FOLDER/<source>/cut-2-int8/manifest.json   the files with their checksums
+FOLDER/<source>/cut-2-int8/model/          the half, a model folder like any other
+FOLDER/<source>/cut-2-int8.part/model/     one that is being packed or fetched, or was until a break
+FOLDER/locks/                              taken by who writes, uses or provides halves
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,9 +19,11 @@ from sfl.cache.key import HalfKey, checked_key
 from sfl.cache.lock import FileLock, try_lock, wait_for_lock
 from sfl.cache.manifest import Manifest
 from sfl.errors import ModelError, SettingsError, WireError
+from sfl.model.packed import read_packed
 from sfl.telemetry import log
 
 _PART = ".part"
+_PROVIDE_WAIT_S = 10.0
 
 
 def default_folder(role: str) -> Path:
@@ -145,19 +146,19 @@ class HalfCache:
         return True
 
     def in_use(self, key: HalfKey) -> bool:
-        """Whether some process writes or uses the half at this moment."""
-        lock = self.try_lock(key)
-        if lock is not None:
-            lock.release()
-        return lock is None
+        """Whether some process writes, uses or provides the half at this moment."""
+        return not (_free(self._lock(key)) and _free(self._provided(key.source)))
+
+    def provide(self, source: str) -> FileLock:
+        """Say, until the lock ends, that halves of `source` are being provided from here.
+
+        They count as `in_use`; where room is needed they are removed all the same, as their edge server can pack them anew.
+        """
+        return wait_for_lock(self._provided(source), _PROVIDE_WAIT_S, f"source {source[:12]} in the cache", shared=True)
 
     def try_lock(self, key: HalfKey, shared: bool = False) -> FileLock | None:
         """The right to write the half, or `shared` to use it; None while others are in the way."""
         return try_lock(self._lock(key), shared)
-
-    def wait_for_lock(self, key: HalfKey, wait_s: float, shared: bool = False) -> FileLock:
-        """The same after at most `wait_s` seconds. Raises `UnreachableError` then."""
-        return wait_for_lock(self._lock(key), wait_s, f"{key} in the cache", shared)
 
     def _entries(self) -> Iterator[Entry]:
         for folder in self.folder.glob("*/cut-*"):
@@ -170,21 +171,31 @@ class HalfCache:
                     yield Entry(key, folder, size, folder.stat().st_mtime, folder.name == name)
 
     def _entry(self, key: HalfKey) -> Path:
-        return self.folder / key.fingerprint / key.name
+        return self.folder / key.source / key.name
 
     def _part(self, key: HalfKey) -> Path:
-        return self.folder / key.fingerprint / (key.name + _PART)
+        return self.folder / key.source / (key.name + _PART)
 
     def _lock(self, key: HalfKey) -> Path:
-        return self.folder / "locks" / f"{key.fingerprint}-{key.name}.lock"
+        return self.folder / "locks" / f"{key.source}-{key.name}.lock"
+
+    def _provided(self, source: str) -> Path:
+        return self.folder / "locks" / f"{source}.lock"
+
+
+def _free(lock: Path) -> bool:
+    """Whether nobody has it at this moment."""
+    found = try_lock(lock)
+    if found is not None:
+        found.release()
+    return found is not None
 
 
 def _require_half(folder: Path, key: HalfKey) -> None:
-    """Raise `ModelError` unless `folder` says that it holds this half."""
-    try:
-        note = json.loads((folder / "sfl.json").read_text(encoding="utf-8"))
-        holds = (note["fingerprint"], note["cut"], note["precision"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the folder {folder} does not say which half it holds, in its sfl.json: {error!r}") from error
-    if holds != tuple(key):
-        raise ModelError(f"the folder {folder} holds cut {holds[1]} in {holds[2]} of model {str(holds[0])[:12]}, not {key}")
+    """Raise `ModelError` unless `folder` says that it holds this half, in the pack format of this version."""
+    packed = read_packed(folder)
+    if packed is None:
+        raise ModelError(f"the folder {folder} does not say which half it holds: it has no sfl.json")
+    found = HalfKey(packed.source, packed.cut, packed.precision)
+    if found != key:
+        raise ModelError(f"the folder {folder} holds {found}, not {key}")

@@ -12,10 +12,11 @@ _WAIT_S = 10.0
 
 
 class Provided(NamedTuple):
-    """A model as an edge server called it, and its fingerprint."""
+    """A model as an edge server called it, its fingerprint, and the source of the halves."""
 
     base_model: str
     fingerprint: str
+    source: str
 
 
 class KnownEdges:
@@ -29,7 +30,10 @@ class KnownEdges:
         """What is remembered; nothing where the file is missing or damaged."""
         try:
             tree = json.loads(self._file.read_text(encoding="utf-8"))
-            return {str(address): Provided(str(model), str(fingerprint)) for address, (model, fingerprint) in tree.items()}
+            return {
+                str(address): Provided(str(model), str(fingerprint), str(source))
+                for address, (model, fingerprint, source) in tree.items()
+            }
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 

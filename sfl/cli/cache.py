@@ -37,10 +37,10 @@ def list_(
     screen = Console()
     if not screen.is_terminal:
         screen.width = 200
-    table = Table("folder", "model", "fingerprint", "cut", "precision", "MB", "last used", "state", header_style="bold")
+    table = Table("folder", "model", "source", "cut", "precision", "MB", "last used", "state", header_style="bold")
     for row in rows:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
-        known = (row["folder"], row["model"] or "-", row["fingerprint"][:12], str(row["cut"]), row["precision"])
+        known = (row["folder"], row["model"] or "-", row["source"][:12], str(row["cut"]), row["precision"])
         table.add_row(*known, f"{row['bytes'] / 1e6:.1f}", used, row["state"])
     screen.print(table)
     screen.print(f"{len(rows)} halves, {sum(row['bytes'] for row in rows) / 1e6:.1f} MB", highlight=False)
@@ -48,19 +48,27 @@ def list_(
 
 @app.command()
 def clear(
-    fingerprint: Annotated[str | None, typer.Argument(help="fingerprint of a model, or how it begins")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="what the halves were packed from, as `list` shows it, or how it begins")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="clear everything")] = False,
     edge: Annotated[
         str | None, typer.Option(help="HOST:PORT of an edge server: forget which model it provided, and clear that model")
     ] = None,
     cache: Folder = None,
 ) -> None:
-    """Delete halves, of one model or of all. What a running device uses stays."""
-    if sum([fingerprint is not None, every, edge is not None]) != 1:
-        raise SettingsError("say what to clear: a FINGERPRINT (`sfl cache list` shows them), --edge HOST:PORT or --all")
-    removed = [entry for place in _places(cache) for entry in _clear(place, fingerprint, edge)]
-    if not removed and fingerprint is not None:
-        raise SettingsError(f"nothing was cleared: no half in the cache is of {fingerprint}; see `sfl cache list`")
+    """Delete halves, of one model or of all. What a running device or edge server uses stays, and is named."""
+    if sum([source is not None, every, edge is not None]) != 1:
+        raise SettingsError("say what to clear: a SOURCE (`sfl cache list` shows them), --edge HOST:PORT or --all")
+    removed: list[Entry] = []
+    in_use: list[Entry] = []
+    for place in _places(cache):
+        for entry in _chosen(place, source, edge):
+            (in_use if place.in_use(entry.key) or not place.remove(entry) else removed).append(entry)
+    for entry in in_use:
+        typer.echo(f"{entry.key} is in use and stays", err=True)
+    if not removed and not in_use and source is not None:
+        raise SettingsError(f"nothing was cleared: no half in the cache is of {source}; see `sfl cache list`")
     typer.echo(f"cleared {len(removed)} halves, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
 
 
@@ -70,11 +78,11 @@ def _places(cache: Path | None) -> list[HalfCache]:
 
 
 def _row(place: HalfCache, entry: Entry) -> dict[str, Any]:
-    names = {known.fingerprint: known.base_model for known in KnownEdges(place.folder).all().values()}
+    names = {known.source: known.base_model for known in KnownEdges(place.folder).all().values()}
     return {
         "folder": str(place.folder),
-        "model": names.get(entry.key.fingerprint),
-        "fingerprint": entry.key.fingerprint,
+        "model": names.get(entry.key.source),
+        "source": entry.key.source,
         "cut": entry.key.cut,
         "precision": entry.key.precision,
         "bytes": entry.size,
@@ -83,24 +91,18 @@ def _row(place: HalfCache, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _clear(place: HalfCache, fingerprint: str | None, edge: str | None) -> list[Entry]:
-    """Delete what was asked for in one cache and return it; what is in use is named and stays."""
-    beginning = fingerprint or ""
+def _chosen(place: HalfCache, source: str | None, edge: str | None) -> list[Entry]:
+    """What is to be cleared of one cache: a source, what `edge` provided, which is forgotten, or everything."""
+    known = KnownEdges(place.folder)
     if edge is not None:
-        known = KnownEdges(place.folder)
         provided = known.all().get(edge)
         if provided is None:
             return []
         known.forget(edge)
-        if provided.fingerprint in {other.fingerprint for other in known.all().values()}:
+        if provided.source in {other.source for other in known.all().values()}:
             return []  # another edge server provides it, too
-        beginning = provided.fingerprint
-    chosen = [entry for entry in place.entries() if entry.key.fingerprint.startswith(beginning)]
-    removed = [entry for entry in chosen if place.remove(entry)]
-    for entry in chosen:
-        if entry not in removed:
-            typer.echo(f"{entry.key} is in use and stays", err=True)
-    if fingerprint is None and edge is None:
-        for address in KnownEdges(place.folder).all():
-            KnownEdges(place.folder).forget(address)
-    return removed
+        source = provided.source
+    elif source is None:
+        for address in known.all():
+            known.forget(address)
+    return [entry for entry in place.entries() if entry.key.source.startswith(source or "")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,8 @@ from sfl.phases import phase
 
 if TYPE_CHECKING:
     from sfl.profiling.result import Profile
+
+_MATPLOTLIB = "matplotlib, which is not installed: pip install '.[demo]' in sfl's folder"
 
 
 def profile(
@@ -52,6 +55,8 @@ def profile(
     if sum(option is not None for option in (model, pid, read)) > 1:
         raise SettingsError("give one of --model, --pid and --read")
     _require_folders(Path(json) if json not in (None, "-") else None, png)
+    if png is not None and not _drawable():
+        raise SettingsError(f"--png needs {_MATPLOTLIB}")
     if read is not None:
         from sfl.profiling.result import read_profile
 
@@ -107,6 +112,10 @@ def _device_half(model: str | None, options: Mapping[str, Any], memory: float | 
     return summarise(recorder, described(settings), memory)
 
 
+def _drawable() -> bool:
+    return find_spec("matplotlib") is not None
+
+
 def _require_folders(*files: Path | None) -> None:
     """What cannot be written is said before minutes of measuring."""
     for file in files:
@@ -122,7 +131,10 @@ def _show(found: Profile, json: str | None, png: Path | None, out: Path | None) 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         files.append(out / "profile.json")
-        pictures.append(out / "profile.png")
+        if _drawable():
+            pictures.append(out / "profile.png")
+        else:
+            typer.echo(f"profile.png is left out: it needs {_MATPLOTLIB}", err=True)
     for file in files:
         write_profile(file, found)
     for picture in pictures:

@@ -55,11 +55,13 @@ def provided(settings: DeviceSettings) -> DeviceSettings:
         settings = with_cut(settings.model_copy(update={"task": description.task, "lora": lora}), description)
         cut = int(settings.cut)
         _require_same_model(settings.edge, description, cache)
-        key = HalfKey(description.fingerprint, cut, settings.precision)
+        key = HalfKey(description.source, cut, settings.precision)
         size, fetched = _Fetch(client, cache, key, settings).whole()
     finally:
         client.close()
-    KnownEdges(cache.folder).remember(settings.edge, Provided(description.base_model, description.fingerprint))
+    KnownEdges(cache.folder).remember(
+        settings.edge, Provided(description.base_model, description.fingerprint, description.source)
+    )
     seconds = time.monotonic() - started
     log.info("%s: %.1f MB, of which %.1f MB were in the cache", key, size / 1e6, (size - fetched) / 1e6)
     with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
@@ -129,6 +131,11 @@ def _require_same_model(address: str, description: Description, cache: HalfCache
             f"the edge server at {address} provided model {before.fingerprint[:12]} ({before.base_model}) before and now has"
             f" {description.fingerprint[:12]} ({description.base_model}): if that is intended, run"
             f" `sfl cache clear --edge {address} --cache {cache.folder}` and start again"
+        )
+    if before is not None and before.source != description.source:
+        log.warning(
+            "the edge server at %s has another configuration, tokenizer or pack format than before: fetching its half anew",
+            address,
         )
 
 

@@ -27,6 +27,7 @@ from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config
 from sfl.model.lora import resolve_targets
+from sfl.model.source import model_source
 from sfl.settings import EdgeSettings
 from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1 import federation_pb2
@@ -61,7 +62,7 @@ def run(settings: EdgeSettings) -> None:
         federation.join(_join_request(settings, lora, fingerprint))
         worker = ComputeWorker(ORDERS[settings.order])
         try:
-            asyncio.run(_run(settings, _description(settings, config, lora, fingerprint), federation, worker))
+            asyncio.run(_run(settings, description_of(settings, config, lora, fingerprint), federation, worker))
         finally:
             worker.stop()
     finally:
@@ -112,7 +113,8 @@ async def _run(settings: EdgeSettings, described: Description, federation: Feder
                 )
 
 
-def _description(settings: EdgeSettings, config: PretrainedConfig, lora: LoraSpec, fingerprint: str) -> Description:
+def description_of(settings: EdgeSettings, config: PretrainedConfig, lora: LoraSpec, fingerprint: str) -> Description:
+    """What devices are told, and given halves of."""
     return Description(
         edge=settings.name,
         base_model=settings.model,
@@ -123,6 +125,7 @@ def _description(settings: EdgeSettings, config: PretrainedConfig, lora: LoraSpe
         num_layers=config.num_hidden_layers,
         precisions=packable(),
         config=json.loads(config.to_json_string()),
+        source=model_source(settings.model, fingerprint),
     )
 
 

@@ -43,7 +43,7 @@ class ProvisioningService(ProvisioningServicer):
         self._pack = pack
         self._metrics = metrics
         self._halves: dict[HalfKey, asyncio.Task[Manifest]] = {}  # whole ones and those on their way
-        self._sizes: dict[HalfKey, int] = {}  # bytes of each half that was packed, whether there was room for it or not
+        self._provided: FileLock | None = None  # from the first half on
         self._packing = asyncio.Semaphore(1)
         self._disk = ThreadPoolExecutor(_THREADS, "provisioning")
 
@@ -96,19 +96,21 @@ class ProvisioningService(ProvisioningServicer):
             await _abort(context, UnreachableError(f"the half cannot be read: {error}"))
 
     async def close(self) -> None:
-        """End what is being packed."""
+        """End what is being packed, and provide nothing any more."""
         halves = list(self._halves.values())
         for half in halves:
             half.cancel()
         await asyncio.gather(*halves, return_exceptions=True)
+        if self._provided is not None:
+            self._provided.release()
         self._disk.shutdown(wait=False, cancel_futures=True)
 
     def _checked(self, device: str, half: pb.Half) -> HalfKey:
         key, own = key_from_wire(half), self._description
-        if key.fingerprint != own.fingerprint:
+        if key.source != own.source:
             raise RefusedError(
-                f"{device} asks for model {key.fingerprint[:12]}, this edge has {own.fingerprint[:12]} ({own.base_model}):"
-                " it was started again with another model"
+                f"{device} asks for halves of source {key.source[:12]}, this edge has {own.source[:12]} ({own.base_model}):"
+                " it was started again with another model, configuration or tokenizer; start the device again"
             )
         if not own.lowest_cut <= key.cut < own.num_layers:
             raise RefusedError(
@@ -122,6 +124,8 @@ class ProvisioningService(ProvisioningServicer):
         """The half from the cache, if every byte of it is right, or else packed."""
         async with self._packing:
             with await self._lock(key):
+                if self._provided is None:
+                    self._provided = await self._on_disk(lambda: self._cache.provide(key.source))
                 kept = await self._on_disk(lambda: self._cache.manifest(key))
                 if kept is not None:
                     if not await self._on_disk(lambda: kept.gaps(self._cache.model(key))):
@@ -132,7 +136,7 @@ class ProvisioningService(ProvisioningServicer):
                 folder = await self._on_disk(lambda: self._empty(key))
                 log.info("packing %s", key)
                 try:
-                    await self._pack(key, folder)
+                    await self._pack(key, folder, lambda size: self._on_disk(lambda: self._require_room(key, size)))
                     manifest = await self._on_disk(lambda: self._finish(key, folder))
                 except BaseException:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -143,18 +147,17 @@ class ProvisioningService(ProvisioningServicer):
         return manifest
 
     def _empty(self, key: HalfKey) -> Path:
-        """Raises `SettingsError` for a half that is known not to fit, which takes long to pack, each time a device asks."""
-        if (size := self._sizes.get(key)) is not None:
-            self._cache.make_room(key, size)
-            self._cache.require_disk(str(key), size)
         folder = self._cache.begin(key)
         for left_over in folder.iterdir():
             left_over.unlink()
         return folder
 
+    def _require_room(self, key: HalfKey, size: int) -> None:
+        self._cache.make_room(key, size)
+        self._cache.require_disk(str(key), size)
+
     def _finish(self, key: HalfKey, folder: Path) -> Manifest:
         manifest = Manifest.of(folder)
-        self._sizes[key] = manifest.size
         self._cache.make_room(key, manifest.size)
         self._cache.finish(key, manifest)
         return manifest

@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, cached_files
 
 from sfl.errors import ModelError
 
@@ -180,9 +180,10 @@ class Checkpoint:
 
     def _shards(self) -> dict[str, str]:
         """The file of each tensor, in those that transformers would load: the whole one, else those that the index names."""
-        if find_file(self.name_or_dir, WEIGHTS) is not None:
+        files = find_files(self.name_or_dir, (WEIGHTS, INDEX))
+        if WEIGHTS in files:
             return dict.fromkeys(self._open(WEIGHTS).tensors, WEIGHTS)
-        index = find_file(self.name_or_dir, INDEX)
+        index = files.get(INDEX)
         if index is None:
             raise ModelError(f"'{self.name_or_dir}' has neither {WEIGHTS} nor an index of its parts")
         try:
@@ -226,3 +227,14 @@ def find_file(name_or_dir: str | Path, name: str) -> Path | None:
         str(name_or_dir), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
     return None if found is None else Path(found)
+
+
+def find_files(name_or_dir: str | Path, names: Sequence[str]) -> dict[str, Path]:
+    """Those of several files that there are, by name. A hub id is asked for all at once: where the hub cannot be reached, the
+    local copy counts as it is, and no time is spent on asking again for a file that the model never had."""
+    if is_directory(name_or_dir):
+        return {name: path for name in names if (path := find_file(name_or_dir, name)) is not None}
+    found = cached_files(
+        str(name_or_dir), list(names), _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return {Path(path).name: Path(path) for path in found or ()}

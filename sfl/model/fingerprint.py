@@ -28,7 +28,8 @@ def model_fingerprint(name_or_dir: str | Path) -> str:
     """SHA-256, in hex, over the model type and sizes and each tensor's name, dtype, shape and first and last 4 KiB.
 
     Read straight from the safetensors files, so it takes no longer for a large model; the same however the checkpoint is
-    sharded. A packed half has that of the model it was taken from.
+    sharded. A packed half has that of the model it was taken from. Neither the tokenizer nor the rest of the configuration
+    counts, as another version of transformers writes them otherwise; `sfl.model.source` has a name for those, too.
     Raises `ModelError` when there are no safetensors, or one is truncated or no safetensors file.
     """
     config = load_config(name_or_dir)

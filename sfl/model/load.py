@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -21,6 +22,7 @@ from sfl.model.weights import fill
 from sfl.settings import Compute
 
 _hf_logging: Any = logging  # not annotated
+_hub_logging: Any = hub_logging
 
 
 def load_config(name_or_dir: str | Path) -> PretrainedConfig:
@@ -122,7 +124,9 @@ def _set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
 def explained(name_or_dir: str | Path) -> Iterator[None]:
     """Turn what transformers raises into a `ModelError`, and keep its reports and progress bars to itself."""
     verbosity, bars = _hf_logging.get_verbosity(), _hf_logging.is_progress_bar_enabled()
+    hub_verbosity = _hub_logging.get_verbosity()
     _hf_logging.set_verbosity_error()
+    _hub_logging.set_verbosity_error()  # or each of its attempts at a hub that is out of reach is two lines
     _hf_logging.disable_progress_bar()
     try:
         yield
@@ -130,6 +134,7 @@ def explained(name_or_dir: str | Path) -> Iterator[None]:
         raise ModelError(_reason(name_or_dir, error)) from error
     finally:
         _hf_logging.set_verbosity(verbosity)
+        _hub_logging.set_verbosity(hub_verbosity)
         if bars:
             _hf_logging.enable_progress_bar()
 

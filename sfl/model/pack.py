@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sfl.errors import ModelError
 from sfl.model.checkpoint import DTYPES as STORED_DTYPES
-from sfl.model.checkpoint import WEIGHTS, Checkpoint, StoredTensor, find_file
+from sfl.model.checkpoint import WEIGHTS, Checkpoint, StoredTensor, find_files
 from sfl.model.cut import DeviceHalf, check_cut
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config, load_task_config
@@ -25,33 +25,27 @@ from sfl.model.packed import PackedHalf, require_packed, write_packed
 from sfl.model.precision import DTYPES, freeze_linears, require_runnable
 from sfl.model.quantised import QuantisedLinear
 from sfl.model.skeleton import build_skeleton
+from sfl.model.source import COPIED, model_source
 from sfl.model.weights import locate, require
 from sfl.settings import Precision, compute_format
 
-_COPIED = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _SLAB = 1 << 20  # bytes that are read at a time
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
-def pack_device_half(name_or_dir: str | Path, cut: int, precision: Precision, folder: Path) -> None:
+def pack_device_half(
+    name_or_dir: str | Path,
+    cut: int,
+    precision: Precision,
+    folder: Path,
+    require_room: Callable[[int], None] = lambda size: None,
+) -> None:
     """Write the device's half at `cut` to `folder`, which loads as any model folder does, for this cut and lower ones.
 
     It has the configuration of the whole model, the tokenizer's files and the half's tensors: quantised weights with their
     `.scale` beside them, other block weights in at most `precision`, the rest as stored. No more than a slab of a tensor is in
-    memory. The same half gives the same bytes; `sfl.json` is written last.
+    memory. The same half gives the same bytes; `sfl.json` is written last. Before anything is written `require_room` is called
+    with the bytes of all files but that one, and may raise.
     Raises `ModelError` as `load_device_half` does, and `OSError` where the folder cannot be written.
     """
     check_cut(load_config(name_or_dir), cut)
@@ -61,17 +55,18 @@ def pack_device_half(name_or_dir: str | Path, cut: int, precision: Precision, fo
     model = build_skeleton(config, "classification")
     half = DeviceHalf(model, cut)
     freeze_linears(half.own_blocks.values(), precision, compute_format(precision))
-    entries = list(_entries(model, half, Checkpoint(name_or_dir), precision))
+    weights = _WeightsFile(list(_entries(model, half, Checkpoint(name_or_dir), precision)))
+    copied = find_files(name_or_dir, COPIED)
+    require_room(weights.size + sum(path.stat().st_size for path in copied.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _COPIED:
-        source = find_file(name_or_dir, name)
-        if source is not None:
-            shutil.copyfile(source, folder / name)
+    for name, path in copied.items():
+        shutil.copyfile(path, folder / name)
     partial = folder / f"{WEIGHTS}.partial"
     with partial.open("wb") as stream:
-        _write(stream, entries)
+        weights.write(stream)
     partial.replace(folder / WEIGHTS)
-    write_packed(folder, PackedHalf(model_fingerprint(name_or_dir), cut, precision))
+    fingerprint = model_fingerprint(name_or_dir)
+    write_packed(folder, PackedHalf(fingerprint, model_source(folder, fingerprint), cut, precision))
 
 
 @dataclass(frozen=True)
@@ -126,21 +121,30 @@ def _rows(stored: StoredTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     return (stored.rows(first, last).to(dtype) for first, last in stored.slabs(_SLAB))
 
 
-def _write(stream: IO[bytes], entries: list[_Entry]) -> None:
-    """A safetensors file: large items first, so that every tensor is aligned, then by name."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
-        offsets = [position, position + entry.size]
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-        position += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for entry in entries:
-        start, stop = header[entry.name]["data_offsets"]
-        stream.seek(8 + len(text) + start)
-        for part in entry.parts:
-            stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        if stream.tell() != 8 + len(text) + stop:
-            raise ModelError(f"tensor '{entry.name}' has not the size that its shape asks for: fetch the checkpoint again")
+class _WeightsFile:
+    """A safetensors file to be: large items first, so that every tensor is aligned, then by name. `size` is in bytes."""
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self._entries = entries
+        self._starts: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for entry in sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
+            self._starts[entry.name] = position
+            offsets = [position, position + entry.size]
+            header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+            position += entry.size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self.size = len(self._head) + position
+
+    def write(self, stream: IO[bytes]) -> None:
+        stream.write(self._head)
+        for entry in self._entries:
+            start = len(self._head) + self._starts[entry.name]
+            stream.seek(start)
+            for part in entry.parts:
+                stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if stream.tell() != start + entry.size:
+                raise ModelError(f"tensor '{entry.name}' has not the size that its shape asks for: fetch the checkpoint again")

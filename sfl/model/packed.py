@@ -10,14 +10,18 @@ from pathlib import Path
 from sfl.errors import ModelError
 
 _FILE = "sfl.json"
-_FORMAT = 1
+FORMAT = 2  # of packed halves: their files and how weights are quantised; part of a half's source
 
 
 @dataclass(frozen=True)
 class PackedHalf:
-    """A device's half of the model with this fingerprint: blocks 0 to `cut` - 1 in `precision`, and the embeddings."""
+    """A device's half of the model with this fingerprint: blocks 0 to `cut` - 1 in `precision`, and the embeddings.
+
+    `source` (see sfl/model/source.py) names all that it was packed from: the configuration and the tokenizer, too.
+    """
 
     fingerprint: str
+    source: str
     cut: int
     precision: str
 
@@ -29,10 +33,13 @@ def read_packed(name_or_dir: str | Path) -> PackedHalf | None:
         return None
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        if entries.pop("format") != _FORMAT:
-            raise ModelError(f"'{path}' is of another format than this version of sfl reads: pack the half anew")
-        return PackedHalf(str(entries["fingerprint"]), int(entries["cut"]), str(entries["precision"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if entries["format"] != FORMAT:
+            raise ModelError(
+                f"'{path}' is of pack format {str(entries['format'])[:20]}, and this version of sfl reads format {FORMAT}:"
+                " run the same version here and where it was packed, and have it packed anew"
+            )
+        return PackedHalf(str(entries["fingerprint"]), str(entries["source"]), int(entries["cut"]), str(entries["precision"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError(f"'{path}' does not describe a packed half ({error}): pack it anew") from error
 
 
@@ -55,5 +62,5 @@ def require_whole(name_or_dir: str | Path) -> None:
 
 def write_packed(folder: Path, half: PackedHalf) -> None:
     """Write what `read_packed` reads."""
-    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(half)}, indent=2)
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(half)}, indent=2)
     (folder / _FILE).write_text(text + "\n", encoding="utf-8")

@@ -68,6 +68,11 @@ class Report:
             yield self._table(plan, found.cut)
             yield f"recommended with {plan.request.precision}: {found.reason}"
         best = self._best()
+        if any(len(self._rows(plan, found.cut)) < len(plan.cuts) for plan, found in zip(self._plans, self._found)):
+            yield (
+                "of each precision: the first and the last cut, the recommended one, and the deepest that fits with the next;"
+                " all cuts with a single --precision, or --json"
+            )
         if len(self._plans) > 1:
             yield f"most exact that fits: {best['precision']} at cut {best['cut']}" if best else "nothing fits"
         yield f"constants: {calibration.source}{'' if calibration.versions else '; sfl plan --calibrate measures this machine'}"
@@ -85,6 +90,14 @@ class Report:
             None,
         )
 
+    def _rows(self, plan: Plan, recommended: int | None) -> list[CutPlan]:
+        """Every cut, or where several precisions are shown those that tell them apart."""
+        if len(self._plans) == 1:
+            return list(plan.cuts)
+        deepest = max((cut.cut for cut in plan.cuts if fit(cut, self._memory) != "no"), default=plan.cuts[0].cut)
+        telling = {plan.cuts[0].cut, recommended, deepest, deepest + 1, plan.cuts[-1].cut}
+        return [cut for cut in plan.cuts if cut.cut in telling]
+
     def _table(self, plan: Plan, recommended: int | None) -> Table:
         from rich.table import Table
 
@@ -93,7 +106,7 @@ class Report:
         table = Table(title=title, header_style="bold", title_justify="left")
         for name in _COLUMNS:
             table.add_column(name, justify="right")
-        for cut in plan.cuts:
+        for cut in self._rows(plan, recommended):
             fits = fit(cut, self._memory)
             style = "bold green" if cut.cut == recommended else {"no": "dim", "barely": "yellow"}.get(fits or "")
             table.add_row(f"{'> ' if cut.cut == recommended else ''}{cut.cut}", *_row(cut), fits or "-", *_rest(cut), style=style)

@@ -10,9 +10,7 @@ from sfl.data.settings import Task
 from sfl.settings import Compute
 from sfl.v1 import split_pb2, tensor_pb2
 from sfl.wire.frames import CHUNK_BYTES
-from sfl.wire.tensors import ITEM_BYTES, check_header
-
-_FORMATS = {"fp32": tensor_pb2.FLOAT32, "bf16": tensor_pb2.BFLOAT16}
+from sfl.wire.tensors import FORMATS, ITEM_BYTES, check_header
 
 
 class StepBytes(NamedTuple):
@@ -25,10 +23,10 @@ class StepBytes(NamedTuple):
 def step_bytes(compute: Compute, task: Task, batch: int, length: int, hidden: int, cut: int, blocks: int) -> StepBytes:
     """Bytes of step 1 of a version above 0: activation (B, T, H), mask (B, T) and labels, and their gradient with a norm for
     each of the edge's layers. A larger number of the step or version takes a byte or two more."""
-    activation = _header("activation", _FORMATS[compute], (batch, length, hidden))
+    activation = _header("activation", FORMATS[compute], (batch, length, hidden))
     mask = _header("attention_mask", tensor_pb2.INT64, (batch, length))
     labels = _header("labels", tensor_pb2.INT64, (batch, length) if task == "causal-lm" else (batch,))
-    gradient = _header("gradient", _FORMATS[compute], (batch, length, hidden))
+    gradient = _header("gradient", FORMATS[compute], (batch, length, hidden))
     layers = [*range(cut, blocks), *([] if task == "causal-lm" else [HEAD])]
     norms = [split_pb2.LayerNorm(layer=layer, norm=1.0) for layer in layers]
     question = split_pb2.DeviceMessage(step=split_pb2.Step(step=1, version=1), tensors=[activation, mask, labels])

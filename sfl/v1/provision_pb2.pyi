@@ -14,7 +14,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, device: _Optional[str] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("edge", "base_model", "model_fingerprint", "task", "lora", "lowest_cut", "num_layers", "precisions", "config")
+    __slots__ = ("edge", "base_model", "model_fingerprint", "task", "lora", "lowest_cut", "num_layers", "precisions", "config", "source")
     EDGE_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Description(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     PRECISIONS_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     edge: str
     base_model: str
     model_fingerprint: str
@@ -33,17 +34,18 @@ class Description(_message.Message):
     num_layers: int
     precisions: _containers.RepeatedScalarFieldContainer[str]
     config: str
-    def __init__(self, edge: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., task: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., lowest_cut: _Optional[int] = ..., num_layers: _Optional[int] = ..., precisions: _Optional[_Iterable[str]] = ..., config: _Optional[str] = ...) -> None: ...
+    source: str
+    def __init__(self, edge: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., task: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., lowest_cut: _Optional[int] = ..., num_layers: _Optional[int] = ..., precisions: _Optional[_Iterable[str]] = ..., config: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Half(_message.Message):
-    __slots__ = ("model_fingerprint", "cut", "precision")
-    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("source", "cut", "precision")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
-    model_fingerprint: str
+    source: str
     cut: int
     precision: str
-    def __init__(self, model_fingerprint: _Optional[str] = ..., cut: _Optional[int] = ..., precision: _Optional[str] = ...) -> None: ...
+    def __init__(self, source: _Optional[str] = ..., cut: _Optional[int] = ..., precision: _Optional[str] = ...) -> None: ...
 
 class PackRequest(_message.Message):
     __slots__ = ("device", "half")

@@ -8,6 +8,7 @@ gone, one that is merely slow is not.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 import threading
@@ -153,23 +154,32 @@ def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callab
 
 
 def until_silent(call: Any, peer: str, silence_s: float = SILENCE_S) -> Iterator[Any]:
-    """The messages of a stream, which is cancelled `silence_s` after the last one: a peer sends heartbeats far more often.
+    """The messages of a stream, which is cancelled when one is waited for longer than `silence_s`: a peer sends heartbeats far
+    more often. How long the caller takes for a message does not count.
 
     Raises `grpc.RpcError` when the stream breaks and `UnreachableError` when it was cancelled.
     """
-    while True:
-        timer = threading.Timer(silence_s, call.cancel)
-        timer.daemon = True
-        timer.start()
-        began = time.monotonic()
-        try:
-            message = next(call, None)
-        except grpc.RpcError:
-            if time.monotonic() - began >= silence_s:
-                raise UnreachableError(f"{peer} was silent for {silence_s:g} s") from None
-            raise
-        finally:
-            timer.cancel()
-        if message is None:
-            return
-        yield message
+    deadline, ended = math.inf, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(min(silence_s, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                call.cancel()
+                return
+
+    threading.Thread(target=watch, name="watch-for-silence", daemon=True).start()
+    try:
+        while True:
+            deadline = time.monotonic() + silence_s
+            try:
+                message = next(call, None)
+            except grpc.RpcError:
+                if time.monotonic() >= deadline:
+                    raise UnreachableError(f"{peer} was silent for {silence_s:g} s") from None
+                raise
+            deadline = math.inf
+            if message is None:
+                return
+            yield message
+    finally:
+        ended.set()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import grpc
 
 from sfl.adapters.layout import LoraSpec
-from sfl.cache.key import MAX_CUT, HalfKey, checked_key
+from sfl.cache.key import MAX_CUT, HalfKey, checked_key, is_digest
 from sfl.cache.manifest import Manifest, StoredFile, check
 from sfl.data.settings import Task
 from sfl.errors import RefusedError, UnreachableError, WireError
@@ -46,6 +46,7 @@ class Description:
     num_layers: int
     precisions: tuple[str, ...]
     config: dict[str, Any]
+    source: str
 
 
 def description_to_wire(description: Description) -> pb.Description:
@@ -60,12 +61,12 @@ def description_to_wire(description: Description) -> pb.Description:
         num_layers=description.num_layers,
         precisions=description.precisions,
         config=json.dumps(description.config),
+        source=description.source,
     )
 
 
 def description_from_wire(message: pb.Description) -> Description:
     """Raises `WireError` for what describes no model, or one in a way that only another version of sfl knows."""
-    checked_key(message.model_fingerprint, 1, "fp32")
     try:
         config = json.loads(message.config)
     except (ValueError, RecursionError) as error:
@@ -83,6 +84,7 @@ def description_from_wire(message: pb.Description) -> Description:
         num_layers=message.num_layers,
         precisions=tuple(message.precisions),
         config=config,
+        source=message.source,
     )
     for wrong in _mistakes(described):
         raise WireError(f"{PEER} described its model with {wrong}: does it run the same version of sfl as this device?")
@@ -91,6 +93,8 @@ def description_from_wire(message: pb.Description) -> Description:
 
 def _mistakes(described: Description) -> Iterator[str]:
     lora = described.lora
+    if not is_digest(described.fingerprint) or not is_digest(described.source):
+        yield "a fingerprint or a source that is no SHA-256"
     if described.task not in get_args(Task):
         yield f"the unknown task {described.task[:40]!a}"
     if not 1 <= lora.rank <= _MAX_RANK:
@@ -109,12 +113,12 @@ def _mistakes(described: Description) -> Iterator[str]:
 
 
 def key_to_wire(key: HalfKey) -> pb.Half:
-    return pb.Half(model_fingerprint=key.fingerprint, cut=key.cut, precision=key.precision)
+    return pb.Half(source=key.source, cut=key.cut, precision=key.precision)
 
 
 def key_from_wire(half: pb.Half) -> HalfKey:
     """Raises `WireError` for one that names no half."""
-    return checked_key(half.model_fingerprint, half.cut, half.precision)
+    return checked_key(half.source, half.cut, half.precision)
 
 
 def manifest_to_wire(manifest: Manifest) -> pb.FileList:

@@ -15,10 +15,8 @@ from sfl.v1 import split_pb2 as pb
 from sfl.v1 import tensor_pb2
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.wire.adapters import lora_from_wire, lora_to_wire
-from sfl.wire.tensors import RawTensor, require
+from sfl.wire.tensors import FORMATS, RawTensor, require
 from sfl.wire.torch_tensors import WIRE_DTYPE, from_torch, to_torch
-
-FORMATS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of activations and gradients
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def batch_from_wire(tensors: Sequence[RawTensor], hidden: int, dtype: str, per_t
     if len(tensors) != 3:
         raise WireError(f"a batch has the tensors activation, attention_mask and labels; {len(tensors)} came")
     activation, mask, labels = tensors
-    require(activation, "activation", WIRE_DTYPE[FORMATS[dtype]], (None, None, hidden))
+    require(activation, "activation", FORMATS[dtype], (None, None, hidden))
     require(mask, "attention_mask", tensor_pb2.INT64, activation.shape[:2])
     require(labels, "labels", tensor_pb2.INT64, activation.shape[:2] if per_token_labels else activation.shape[:1])
     batch = CutBatch(to_torch(activation), to_torch(mask), to_torch(labels))

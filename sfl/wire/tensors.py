@@ -15,6 +15,7 @@ from sfl.v1 import tensor_pb2 as pb
 
 _MAX_DIMENSIONS, _MAX_ITEMS = 8, 2**40  # more than any tensor has, less than an array can have
 ITEM_BYTES: dict[pb.DType, int] = {pb.FLOAT32: 4, pb.BFLOAT16: 2, pb.FLOAT16: 2, pb.INT64: 8}
+FORMATS: dict[str, pb.DType] = {"fp32": pb.FLOAT32, "bf16": pb.BFLOAT16}  # of activations and gradients, as settings call them
 _NUMPY: dict[pb.DType, str] = {pb.FLOAT32: "<f4", pb.FLOAT16: "<f2", pb.INT64: "<i8"}
 _NAMES: dict[str, pb.DType] = {np.dtype(code).str: dtype for dtype, code in _NUMPY.items()}
 

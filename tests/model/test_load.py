@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,18 @@ def test_no_model_there(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPa
     for load in (load_config, load_tokenizer, model_fingerprint):
         with pytest.raises(ModelError, match="'nobody/nothing' is neither a directory nor a model that the Hugging Face hub"):
             load("nobody/nothing")
+
+
+def test_a_hub_out_of_reach_is_one_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", pauses.append)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    level = logging.getLogger("huggingface_hub").level
+    with pytest.raises(ModelError, match="'nobody/nothing' is neither a directory nor a model that the Hugging Face hub"):
+        load_config("nobody/nothing")
+    assert pauses and "Retrying" not in caplog.text
+    assert logging.getLogger("huggingface_hub").level == level
 
 
 def test_weights_that_are_not_safetensors(bert: Path) -> None:

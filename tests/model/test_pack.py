@@ -11,11 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sfl.errors import ModelError
+from sfl.errors import ModelError, SettingsError
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.halves import load_device_half, load_edge_half
 from sfl.model.load import load_task_model, load_tokenizer
 from sfl.model.pack import pack_device_half
+from sfl.model.packed import FORMAT
+from sfl.model.source import model_source
 from sfl.model.table import StoredEmbedding
 from tests.tiny import FAMILIES, save_tiny_model, tiny_batch
 
@@ -81,12 +83,32 @@ def test_the_file_holds_the_half_alone_and_is_always_the_same(precision: str, tm
     assert (tmp_path / "a" / "model.safetensors").stat().st_size < size + 8000
     with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    fingerprint = model_fingerprint(path)
     assert json.loads((tmp_path / "a" / "sfl.json").read_text()) == {
-        "format": 1,
-        "fingerprint": model_fingerprint(path),
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "source": model_source(path, fingerprint),
         "cut": 2,
         "precision": precision,
     }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_room_is_asked_for_before_anything_is_written(precision: str, tmp_path: Path) -> None:
+    require_bitsandbytes(precision)
+    path, folder = save_tiny_model(tmp_path / "whole", "gpt2"), tmp_path / "half"
+    asked: list[int] = []
+
+    def refuse(size: int) -> None:
+        asked.append(size)
+        raise SettingsError("the disk is full")
+
+    with pytest.raises(SettingsError, match="the disk is full"):
+        pack_device_half(path, 2, precision, folder, refuse)  # type: ignore[arg-type]
+    assert not folder.exists()
+    pack_device_half(path, 2, precision, folder, asked.append)  # type: ignore[arg-type]
+    written = sum(file.stat().st_size for file in folder.iterdir() if file.name != "sfl.json")
+    assert asked == [written, written]
 
 
 def test_a_checkpoint_stored_in_bf16_does_not_grow(tmp_path: Path) -> None:
@@ -112,7 +134,9 @@ def test_what_a_packed_half_cannot_give(tmp_path: Path) -> None:
         load_edge_half(folder, "causal-lm", 2)
     with pytest.raises(ModelError, match="a device's half alone"):
         load_task_model(folder, "causal-lm")
-    for text in ("{}", "[]", "no json", '{"format": 2}', '{"format": 1, "cut": "x", "fingerprint": "", "precision": ""}'):
+    numbers = ('"x"', "Infinity")
+    notes = [f'{{"format": {FORMAT}, "cut": {cut}, "fingerprint": "", "source": "", "precision": ""}}' for cut in numbers]
+    for text in ("{}", "[]", "no json", '{"format": 1}', *notes):
         (folder / "sfl.json").write_text(text)
         with pytest.raises(ModelError, match=r"sfl\.json"):
             model_fingerprint(folder)

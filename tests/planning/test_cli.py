@@ -51,6 +51,19 @@ def test_json(folder: Path) -> None:
     assert cut["step_s"] is None and first["recommended"] == 1 and first["reason"].startswith("cut 1: ")
 
 
+def test_of_several_precisions_the_cuts_that_tell_them_apart(tmp_path: Path) -> None:
+    tiny_config("opt", layers=10).save_pretrained(tmp_path)
+    plans = json.loads(run("--model", tmp_path, "--memory", 5000, "--json"))["plans"]
+    memory = plans[0]["cuts"][5]["device_mb"] + 0.05
+    shown = run("--model", tmp_path, "--memory", memory, "--precision", "all")
+    cuts = [line.split("│")[1].replace(">", "").strip() for line in shown.splitlines() if line.startswith("│")]
+    best = next(line for line in shown.splitlines() if line.startswith("recommended with fp32: cut ")).split("cut ")[1]
+    expected = {1, int(best.partition(":")[0]), 6, 7, 9}
+    assert cuts[: len(expected)] == [str(cut) for cut in sorted(expected)] and len(cuts) <= 4 * 5
+    assert "all cuts with a single --precision, or --json" in shown
+    assert "all cuts with" not in run("--model", tmp_path, "--memory", memory)
+
+
 def test_nothing_fits(folder: Path) -> None:
     shown = run("--model", folder, "--memory", 20)
     assert "no cut fits 20 MB" in shown

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from sfl.data.settings import Task
+from sfl.model.precision import DTYPES
 from sfl.planning.step_bytes import step_bytes
 from sfl.settings import Compute
 from sfl.v1 import split_pb2 as pb
 from sfl.wire.frames import CHUNK_BYTES, Traffic, frames
-from sfl.wire.split import FORMATS, CutBatch, StepResult, batch_to_wire, step_to_wire
+from sfl.wire.split import CutBatch, StepResult, batch_to_wire, step_to_wire
 from tests.edge_server.made import Halves
 
 
@@ -36,7 +37,7 @@ def test_a_real_step_of_a_tiny_model(task: Task) -> None:
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize(("batch", "length", "hidden"), [(4, 128, 1024), (1, 128, CHUNK_BYTES // 512), (5, 77, 768)])
 def test_steps_of_more_than_one_chunk(compute: Compute, batch: int, length: int, hidden: int) -> None:
-    activation = torch.zeros(batch, length, hidden, dtype=FORMATS[compute])
+    activation = torch.zeros(batch, length, hidden, dtype=DTYPES[compute])
     mask = torch.ones(batch, length, dtype=torch.int64)
     up = sent(
         pb.DeviceMessage(step=pb.Step(step=1, version=1)),

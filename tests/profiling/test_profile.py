@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sfl.cli.main import app
 from sfl.errors import SettingsError
 from sfl.profiling.result import Profile, read_profile
 from sfl.settings import StrategySettings
@@ -94,6 +96,19 @@ def test_what_is_printed_drawn_and_read_again(made: tuple[Path, str]) -> None:
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == json.loads((out / "profile.json").read_text(encoding="utf-8"))
     assert (out / "again.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_only_the_picture_is_missing(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.cli.profile.find_spec", lambda name: None)
+    arguments = ["profile", "--read", str(made[0] / "profile.json")]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0 and "parts of the peak" in result.stdout
+    assert "profile.png is left out: it needs matplotlib, which is not installed: pip install" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+    with pytest.raises(SettingsError, match="--png needs matplotlib"):
+        CliRunner().invoke(app, [*arguments, "--png", str(tmp_path / "x.png")], catch_exceptions=False)
 
 
 def test_bad_input(model: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,9 @@ from sfl.cache.cache import HalfCache
 from sfl.cache.key import HalfKey
 from sfl.device import provision
 from sfl.device.provision import provided
+from sfl.edge_server.packing import Packer, RequireRoom
 from sfl.edge_server.provisioning import ProvisioningService
+from sfl.model.packed import PackedHalf, write_packed
 from sfl.settings import DeviceSettings
 from sfl.telemetry import MetricsWriter
 from sfl.v1.provision_pb2_grpc import add_ProvisioningServicer_to_server
@@ -26,6 +27,7 @@ from sfl.wire.provision import Description
 from tests.metrics import events
 
 FINGERPRINT, OTHER = "a" * 64, "b" * 64
+SOURCE, OTHER_SOURCE = "c" * 64, "d" * 64
 DESCRIPTION = Description(
     edge="edge",
     base_model="models/some",
@@ -36,20 +38,21 @@ DESCRIPTION = Description(
     num_layers=4,
     precisions=("fp32", "bf16", "int8"),
     config={"model_type": "bert", "num_hidden_layers": 4},
+    source=SOURCE,
 )
-KEY = HalfKey(FINGERPRINT, 2, "int8")
+KEY = HalfKey(SOURCE, 2, "int8")
 WEIGHTS = 5_500_000  # bytes, more than five blocks
 
 
 def write_half(folder: Path, key: HalfKey = KEY, size: int = WEIGHTS) -> None:
     """Files as those of a half: its note, and `size` bytes of weights that depend on the key."""
-    (folder / "sfl.json").write_text(json.dumps({"format": 1, **key._asdict()}))
+    write_packed(folder, PackedHalf(FINGERPRINT, *key))
     (folder / "vocab.txt").write_bytes(b"")
     (folder / "model.safetensors").write_bytes(random.Random(str(key)).randbytes(size))
 
 
 class Edge:
-    """A provisioning service on a loop in a thread of its own, its packer `write_half` unless another is given."""
+    """A provisioning service on a loop in a thread of its own, its packer `write` unless `pack` is given."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Edge:
         service: type[ProvisioningService] = ProvisioningService,
         limit_mb: float = 100.0,
         address: str = "127.0.0.1:0",
+        pack: Packer | None = None,
     ) -> None:
         self.packed: list[HalfKey] = []
         self._write = write
@@ -68,14 +72,15 @@ class Edge:
 
         async def start() -> None:
             self.cache = HalfCache(cache, limit_mb)
-            self.service = service(description, self.cache, self._pack, MetricsWriter(None))
+            self.service = service(description, self.cache, pack or self._pack, MetricsWriter(None))
             self._server, self.address = serve(address)
             add_ProvisioningServicer_to_server(self.service, self._server)
             await self._server.start()
 
         asyncio.run_coroutine_threadsafe(start(), self._loop).result(20)
 
-    async def _pack(self, key: HalfKey, folder: Path) -> None:
+    async def _pack(self, key: HalfKey, folder: Path, require_room: RequireRoom) -> None:
+        await require_room(WEIGHTS)
         self.packed.append(key)
         await asyncio.to_thread(self._write, folder, key)
 
@@ -128,8 +133,8 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
-def with_model(fingerprint: str) -> Description:
-    return replace(DESCRIPTION, fingerprint=fingerprint, base_model=f"models/{fingerprint[0]}")
+def with_model(fingerprint: str, source: str) -> Description:
+    return replace(DESCRIPTION, fingerprint=fingerprint, source=source, base_model=f"models/{fingerprint[0]}")
 
 
 def damage(path: Path, position: int) -> None:

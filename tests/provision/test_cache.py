@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from sfl.cache.key import HalfKey
 from sfl.cache.lock import try_lock, wait_for_lock
 from sfl.cache.manifest import Manifest
 from sfl.errors import ModelError, SettingsError, UnreachableError
-from tests.provision.made import FINGERPRINT, KEY, OTHER, write_half
+from sfl.model.packed import FORMAT
+from tests.provision.made import FINGERPRINT, KEY, OTHER, OTHER_SOURCE, SOURCE, write_half
 
 
 def put(cache: HalfCache, key: HalfKey, used: float, size: int = 1_000_000) -> None:
@@ -33,7 +35,7 @@ def cuts(cache: HalfCache) -> list[int]:
 
 
 def key(cut: int) -> HalfKey:
-    return HalfKey(FINGERPRINT, cut, "int8")
+    return HalfKey(SOURCE, cut, "int8")
 
 
 def test_a_half_is_there_once_it_is_finished(tmp_path: Path) -> None:
@@ -59,15 +61,31 @@ def test_a_manifest_that_is_cut_off_counts_as_none(tmp_path: Path) -> None:
     assert cache.manifest(KEY) is None
 
 
-@pytest.mark.parametrize("note", [None, "{", "[]", '{"fingerprint": "x", "cut": 2, "precision": "int8"}'])
-def test_a_folder_that_is_another_half_is_never_finished(tmp_path: Path, note: str | None) -> None:
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        (None, "it has no sfl.json"),
+        ("{", "does not describe a packed half"),
+        ("[]", "does not describe a packed half"),
+        ("[" * 100_000, "does not describe a packed half"),
+        (
+            {"format": FORMAT + 1},
+            f"of pack format {FORMAT + 1}, and this version of sfl reads format {FORMAT}: run the same version",
+        ),
+        ({"cut": 3}, "holds cut 3 in int8 of source cccccccccccc, not cut 2 in int8"),
+        ({"source": OTHER_SOURCE}, "holds cut 2 in int8 of source dddddddddddd, not "),
+    ],
+)
+def test_a_folder_that_is_another_half_is_never_finished(tmp_path: Path, note: str | dict | None, message: str) -> None:
     cache = HalfCache(tmp_path, 10)
     folder = cache.begin(KEY)
     write_half(folder)
-    (folder / "sfl.json").unlink()
-    if note is not None:
-        (folder / "sfl.json").write_text(note)
-    with pytest.raises(ModelError):
+    file = folder / "sfl.json"
+    text = json.dumps({**json.loads(file.read_text()), **note}) if isinstance(note, dict) else note
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ModelError, match=message):
         cache.finish(KEY, Manifest.of(folder))
     assert cache.manifest(KEY) is None
 
@@ -92,7 +110,9 @@ def test_no_room_is_an_error_that_names_the_limit(tmp_path: Path) -> None:
     put(cache, key(1), 1)
     with pytest.raises(SettingsError, match=r"takes 2 MB, and the cache .* may have 2 MB: raise `cache_limit_mb`"):
         cache.make_room(key(2), 1_600_000)
-    with cache.wait_for_lock(key(1), 1, shared=True), pytest.raises(SettingsError, match="halves in use take 1 of the 2 MB"):
+    reader = cache.try_lock(key(1), shared=True)
+    assert reader is not None
+    with reader, pytest.raises(SettingsError, match="halves in use take 1 of the 2 MB"):
         cache.make_room(key(2), 1_000_000)
     assert cuts(cache) == [1]
     cache.make_room(key(2), 1_000_000)
@@ -119,9 +139,9 @@ def test_a_full_disk_is_an_error_that_names_both_sizes(tmp_path: Path, monkeypat
 
 
 def test_other_things_in_the_folder_are_left_alone(tmp_path: Path) -> None:
-    for name in ("notes/cut-1-int8", f"{FINGERPRINT}/cut-x-int8", f"{FINGERPRINT}/cut-1-int9", f"{FINGERPRINT}/cut-01-int8"):
+    for name in ("notes/cut-1-int8", f"{SOURCE}/cut-x-int8", f"{SOURCE}/cut-1-int9", f"{SOURCE}/cut-01-int8"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / FINGERPRINT / "cut").touch()
+    (tmp_path / SOURCE / "cut").touch()
     cache = HalfCache(tmp_path, 2)
     assert cache.entries() == []
     put(cache, KEY, 1)
@@ -159,11 +179,11 @@ def test_known_edges_are_remembered_and_forgotten(tmp_path: Path) -> None:
     known = KnownEdges(tmp_path)
     assert known.all() == {}
     known.forget("one:1")
-    known.remember("one:1", Provided("m", FINGERPRINT))
-    known.remember("two:2", Provided("n", OTHER))
-    assert known.all() == {"one:1": ("m", FINGERPRINT), "two:2": ("n", OTHER)}
+    known.remember("one:1", Provided("m", FINGERPRINT, SOURCE))
+    known.remember("two:2", Provided("n", OTHER, OTHER_SOURCE))
+    assert known.all() == {"one:1": ("m", FINGERPRINT, SOURCE), "two:2": ("n", OTHER, OTHER_SOURCE)}
     known.forget("one:1")
-    assert KnownEdges(tmp_path).all() == {"two:2": ("n", OTHER)}
+    assert KnownEdges(tmp_path).all() == {"two:2": ("n", OTHER, OTHER_SOURCE)}
     (tmp_path / "edges.json").write_text("{broken")
     assert known.all() == {}
 

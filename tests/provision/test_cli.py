@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 from sfl.cache.cache import HalfCache
 from sfl.cache.edges import KnownEdges, Provided
 from sfl.cache.key import HalfKey
+from sfl.cache.lock import FileLock
 from sfl.cache.manifest import Manifest
 from sfl.cli.cache import app
 from sfl.errors import SettingsError
-from tests.provision.made import FINGERPRINT, OTHER, write_half
+from tests.provision.made import OTHER, OTHER_SOURCE, SOURCE, write_half
 
-KEYS = (HalfKey(FINGERPRINT, 1, "int8"), HalfKey(FINGERPRINT, 2, "fp32"), HalfKey(OTHER, 1, "nf4"))
+KEYS = (HalfKey(SOURCE, 1, "int8"), HalfKey(SOURCE, 2, "fp32"), HalfKey(OTHER_SOURCE, 1, "nf4"))
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfCache:
         write_half(folder, key, 2_000_000)
         cache.finish(key, Manifest.of(folder))
     for address in ("one:1", "two:2"):
-        KnownEdges(cache.folder).remember(address, Provided("models/other", OTHER))
+        KnownEdges(cache.folder).remember(address, Provided("models/other", OTHER, OTHER_SOURCE))
     return cache
 
 
@@ -41,35 +42,50 @@ def run(*arguments: str) -> str:
     return result.output
 
 
+def used(cache: HalfCache, key: HalfKey) -> FileLock:
+    lock = cache.try_lock(key, shared=True)
+    assert lock is not None
+    return lock
+
+
 def kept(cache: HalfCache) -> set[HalfKey]:
     return {entry.key for entry in cache.entries()}
 
 
 def test_the_list_says_what_is_kept(cache: HalfCache) -> None:
     cache.begin(KEYS[0])
-    with cache.wait_for_lock(KEYS[2], 1, shared=True):
-        rows = {(row["fingerprint"], row["cut"]): row for row in json.loads(run("list", "--json"))}
+    with used(cache, KEYS[2]):
+        rows = {(row["source"], row["cut"]): row for row in json.loads(run("list", "--json"))}
         table = run("list")
-    assert rows.keys() == {(key.fingerprint, key.cut) for key in KEYS}
-    states = [rows[key.fingerprint, key.cut]["state"] for key in KEYS]
+    assert rows.keys() == {(key.source, key.cut) for key in KEYS}
+    states = [rows[key.source, key.cut]["state"] for key in KEYS]
     assert states == ["broken off", "complete", "complete, in use"]
-    row = rows[OTHER, 1]
+    row = rows[OTHER_SOURCE, 1]
     assert (row["precision"], row["model"], row["folder"]) == ("nf4", "models/other", str(cache.folder))
     assert 2_000_000 < row["bytes"] < 2_010_000
-    assert "models/other" in table and FINGERPRINT[:12] in table and "3 halves, 6.0 MB" in table
+    assert "models/other" in table and SOURCE[:12] in table and "3 halves, 6.0 MB" in table
 
 
-def test_a_model_is_cleared_by_the_beginning_of_its_fingerprint(cache: HalfCache) -> None:
-    assert run("clear", FINGERPRINT[:6]) == "cleared 2 halves, 4.0 MB\n"
+def test_a_model_is_cleared_by_the_beginning_of_its_source(cache: HalfCache) -> None:
+    assert run("clear", SOURCE[:6]) == "cleared 2 halves, 4.0 MB\n"
     assert kept(cache) == {KEYS[2]}
-    assert not (cache.folder / FINGERPRINT).exists()
+    assert not (cache.folder / SOURCE).exists()
 
 
 def test_everything_is_cleared_but_what_is_in_use(cache: HalfCache) -> None:
-    with cache.wait_for_lock(KEYS[0], 1, shared=True):
-        assert "cut 1 in int8 of model aaaaaaaaaaaa is in use and stays" in run("clear", "--all")
+    with used(cache, KEYS[0]):
+        assert "cut 1 in int8 of source cccccccccccc is in use and stays" in run("clear", "--all")
     assert kept(cache) == {KEYS[0]}
     assert KnownEdges(cache.folder).all() == {}
+
+
+def test_what_a_running_edge_provides_stays(cache: HalfCache) -> None:
+    with cache.provide(SOURCE), cache.provide(SOURCE):
+        assert {row["source"]: row["state"] for row in json.loads(run("list", "--json"))}[SOURCE] == "complete, in use"
+        said = run("clear", SOURCE)
+    assert said.count("of source cccccccccccc is in use and stays") == 2 and "cleared 0 halves" in said
+    assert kept(cache) == set(KEYS)
+    assert run("clear", SOURCE) == "cleared 2 halves, 4.0 MB\n"
 
 
 def test_the_model_of_an_edge_goes_with_the_last_edge_that_provided_it(cache: HalfCache) -> None:

@@ -40,6 +40,8 @@ def test_a_description_is_the_same_after_the_wire() -> None:
         ({"lowest_cut": 4}, "4 blocks and cuts from 4 on"),
         ({"num_layers": 10_001}, "10001 blocks"),
         ({"precisions": ()}, "and 0 precisions"),
+        ({"source": "c" * 63}, "a source that is no SHA-256"),
+        ({"fingerprint": ""}, "a fingerprint or a source that is no SHA-256"),
         ({"edge": "a\nb"}, r"the name 'a\\nb' of 3 characters"),
         ({"base_model": ""}, "the name ''"),
     ],

@@ -12,7 +12,7 @@ from sfl.cache.key import HalfKey, checked_key
 from sfl.cache.manifest import BLOCK_BYTES, Gap, Manifest, StoredFile, check
 from sfl.errors import ModelError, WireError
 from sfl.wire.provision import manifest_from_wire, manifest_to_wire
-from tests.provision.made import FINGERPRINT, damage, write_half
+from tests.provision.made import SOURCE, damage, write_half
 
 
 @pytest.fixture
@@ -128,10 +128,10 @@ def test_a_packed_folder_with_code_in_it_is_not_provided(half: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "cut", "precision"),
-    [("../..", 1, "int8"), ("A" * 64, 1, "int8"), ("a" * 63, 1, "int8"), (FINGERPRINT, 0, "int8"), (FINGERPRINT, 1, "../x")],
+    ("source", "cut", "precision"),
+    [("../..", 1, "int8"), ("A" * 64, 1, "int8"), ("a" * 63, 1, "int8"), (SOURCE, 0, "int8"), (SOURCE, 1, "../x")],
 )
-def test_what_names_no_half(fingerprint: str, cut: int, precision: str) -> None:
-    assert checked_key(FINGERPRINT, 1, "int8") == HalfKey(FINGERPRINT, 1, "int8")
+def test_what_names_no_half(source: str, cut: int, precision: str) -> None:
+    assert checked_key(SOURCE, 1, "int8") == HalfKey(SOURCE, 1, "int8")
     with pytest.raises(WireError):
-        checked_key(fingerprint, cut, precision)
+        checked_key(source, cut, precision)

@@ -26,7 +26,21 @@ from sfl.edge_server.provisioning import ProvisioningService
 from sfl.errors import ModelError, RefusedError, SettingsError, SflError, UnreachableError, WireError
 from sfl.v1 import provision_pb2 as pb
 from sfl.wire.channel import serve
-from tests.provision.made import FINGERPRINT, KEY, OTHER, WEIGHTS, Device, Edge, damage, edge, same_files, with_model, write_half
+from tests.provision.made import (
+    FINGERPRINT,
+    KEY,
+    OTHER,
+    OTHER_SOURCE,
+    SOURCE,
+    WEIGHTS,
+    Device,
+    Edge,
+    damage,
+    edge,
+    same_files,
+    with_model,
+    write_half,
+)
 
 ROOT = Path(__file__).parents[2]
 REPLIES = 5_000  # bytes, more than description and checksums take
@@ -149,7 +163,7 @@ def test_a_killed_device_goes_on_where_it_was(tmp_path: Path) -> None:
             "provided(DeviceSettings.model_validate_json(sys.argv[1]))"
         )
         child = subprocess.Popen([sys.executable, "-c", script, device.settings.model_dump_json(exclude_unset=True)], cwd=ROOT)
-        part = tmp_path / "cache" / FINGERPRINT / "cut-2-int8.part" / "model" / "model.safetensors"
+        part = tmp_path / "cache" / SOURCE / "cut-2-int8.part" / "model" / "model.safetensors"
         deadline = time.monotonic() + 30
         while not part.is_file() or part.stat().st_size < 2 * BLOCK_BYTES:
             assert child.poll() is None and time.monotonic() < deadline
@@ -201,7 +215,7 @@ def test_another_model_at_the_next_start_is_an_error_until_it_is_cleared(tmp_pat
     with edge(tmp_path / "edge") as served:
         device = Device(tmp_path, served.address)
         device.start()
-    other = with_model(OTHER)
+    other = with_model(OTHER, OTHER_SOURCE)
     with edge(tmp_path / "edge", description=other, address=served.address) as served:
         with pytest.raises(ModelError) as caught:
             device.start()
@@ -220,7 +234,31 @@ def test_another_model_at_the_next_start_is_an_error_until_it_is_cleared(tmp_pat
         ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         assert done.stdout == "cleared 1 halves, 5.5 MB\n"
-        assert OTHER in str(device.start().model)
+        assert OTHER_SOURCE in str(device.start().model)
+
+
+def test_another_tokenizer_at_the_next_start_is_packed_and_fetched_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with edge(tmp_path / "edge") as served:
+        device = Device(tmp_path, served.address)
+        first = device.start()
+    other = with_model(FINGERPRINT, OTHER_SOURCE)
+    with edge(tmp_path / "edge", description=other, address=served.address) as served, caplog.at_level(logging.WARNING, "sfl"):
+        for _ in range(2):
+            settings = device.start()
+        assert served.packed == [HalfKey(OTHER_SOURCE, 2, "int8")]
+        assert same_files(Path(str(settings.model)), served.cache.model(served.packed[0]))
+    assert settings.model != first.model
+    assert caplog.text.count("has another configuration, tokenizer or pack format than before: fetching its half anew") == 1
+
+
+def test_what_a_running_edge_provides_is_in_use_but_makes_room(tmp_path: Path) -> None:
+    with edge(tmp_path / "edge") as served:
+        assert not served.cache.in_use(KEY)
+        Device(tmp_path, served.address).start()
+        assert served.cache.in_use(KEY)
+        served.cache.make_room(HalfKey(SOURCE, 1, "int8"), 96_000_000)
+        assert served.cache.entries() == []
+    assert not served.cache.in_use(KEY)
 
 
 def test_another_model_in_the_middle_of_a_fetch_is_refused(tmp_path: Path) -> None:
@@ -228,14 +266,16 @@ def test_another_model_in_the_middle_of_a_fetch_is_refused(tmp_path: Path) -> No
 
     def at(sent: int, chunk: pb.FileChunk) -> pb.FileChunk:
         if sent > 2_000_000:
-            changed[0].service._description = with_model(OTHER)
+            changed[0].service._description = with_model(OTHER, OTHER_SOURCE)
             raise UnreachableError("it was started again")
         return chunk
 
     with edge(tmp_path / "edge", service=tampering(at)) as served:
         changed.append(served)
         device = Device(tmp_path, served.address)
-        with pytest.raises(RefusedError, match=rf"d asks for model {FINGERPRINT[:12]}, this edge has {OTHER[:12]} \(models/b\)"):
+        with pytest.raises(
+            RefusedError, match=rf"d asks for halves of source {SOURCE[:12]}, this edge has {OTHER_SOURCE[:12]} \(models/b\)"
+        ):
             device.start()
     assert [entry.complete for entry in device.cache.entries()] == [False]
 
@@ -267,7 +307,7 @@ def test_the_edge_s_settings_may_be_repeated(served: Edge, tmp_path: Path) -> No
 def test_a_full_disk_is_said_before_anything_is_fetched(served: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(tmp_path, served.address)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 12_000_000))
-    with pytest.raises(SettingsError, match=r"cut 2 in int8 of model a+ needs 16 MB more in .*/cache, and 12 MB are free"):
+    with pytest.raises(SettingsError, match=r"cut 2 in int8 of source c+ needs 16 MB more in .*/cache, and 12 MB are free"):
         device.start()
     assert list((tmp_path / "cache").rglob("*.safetensors")) == []
     monkeypatch.undo()
@@ -329,7 +369,7 @@ def test_a_half_that_an_edge_has_removed_is_packed_again(served: Edge, tmp_path:
 def test_two_readers_of_a_half_that_was_removed_are_both_told_so(served: Edge, tmp_path: Path) -> None:
     """Both look for the file before either has noted that it is gone."""
     Device(tmp_path, served.address).start()
-    shutil.rmtree(served.cache.folder / FINGERPRINT)
+    shutil.rmtree(served.cache.folder / SOURCE)
     request = pb.ReadRequest(file="model.safetensors", length=1)
 
     async def both() -> list[Any]:
@@ -346,20 +386,22 @@ def test_the_edge_s_cache_keeps_to_its_limit(tmp_path: Path) -> None:
         assert sorted(entry.key.cut for entry in served.cache.entries()) == [2, 3]
 
 
-def test_a_half_that_does_not_fit_is_packed_once_and_refused_until_there_is_room(tmp_path: Path) -> None:
+def test_a_half_that_does_not_fit_is_not_packed_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with edge(tmp_path / "edge", limit_mb=6) as served:
         device = Device(tmp_path, served.address)
-        reader_key = HalfKey(FINGERPRINT, 1, "int8")
+        other = HalfKey(SOURCE, 1, "int8")
         Device(tmp_path / "one", served.address, cut=1).start()
-        reader = served.cache.try_lock(reader_key, shared=True)
+        reader = served.cache.try_lock(other, shared=True)
         assert reader is not None
-        with reader:
-            for _ in range(3):
-                with pytest.raises(RefusedError, match="halves in use take 6 of the 6 MB"):
-                    device.start()
-            assert served.packed == [reader_key, KEY]
+        with reader, pytest.raises(RefusedError, match="halves in use take 6 of the 6 MB"):
+            device.start()
+        with monkeypatch.context() as patch, pytest.raises(RefusedError, match=r"needs 6 MB more in .*/edge, and 5 MB are free"):
+            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5_000_000))
+            device.start()
+        assert served.packed == [other]
+        assert not list((tmp_path / "edge").rglob("cut-2-int8*/model/*"))
         device.start()
-        assert served.packed == [reader_key, KEY, KEY]
+        assert served.packed == [other, KEY]
 
 
 def test_what_cannot_be_packed_is_refused_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 import grpc
 import pytest
 
 from sfl.errors import RefusedError, SettingsError, UnreachableError
 from sfl.wire.address import check_address
-from sfl.wire.channel import check_listen, dial, error_from, retry, serve
+from sfl.wire.channel import check_listen, dial, error_from, retry, serve, until_silent
 
 
 class Failure(grpc.RpcError):
@@ -169,3 +171,58 @@ def test_a_refusal_is_final(code: str) -> None:
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED", "INTERNAL"])
 def test_what_may_pass_is_no_refusal(code: str) -> None:
     assert isinstance(error_from(Failure(grpc.StatusCode[code]), "x"), UnreachableError)
+
+
+class Stream:
+    """A call whose messages take so many seconds each, and which breaks once it is cancelled."""
+
+    def __init__(self, pauses: Iterable[float]) -> None:
+        self._pauses = iter(pauses)
+        self.cancelled = threading.Event()
+
+    def __next__(self) -> float:
+        pause = next(self._pauses)
+        if self.cancelled.wait(pause):
+            raise Failure(grpc.StatusCode.CANCELLED)
+        return pause
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def test_a_stream_that_falls_silent_is_left_and_one_that_ends_is_not() -> None:
+    silent = Stream([0.1, 0.1, 30])
+    messages = until_silent(silent, "the edge server", 0.3)
+    assert [next(messages), next(messages)] == [0.1, 0.1]
+    started = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"the edge server was silent for 0\.3 s"):
+        next(messages)
+    assert 0.25 < time.monotonic() - started < 2
+    assert list(until_silent(Stream([0.1, 0]), "the edge server", 0.3)) == [0.1, 0]
+
+
+def test_how_long_a_message_is_worked_on_is_no_silence() -> None:
+    stream = Stream([0, 0, 0])
+    for _ in until_silent(stream, "the edge server", 0.1):
+        time.sleep(0.3)
+    assert not stream.cancelled.is_set()
+
+
+def test_a_break_is_no_silence() -> None:
+    stream = Stream([5])
+    threading.Timer(0.1, stream.cancel).start()
+    with pytest.raises(Failure):
+        next(until_silent(stream, "the edge server", 5))
+
+
+def test_a_stream_has_one_watcher_which_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread))[1])
+    messages = until_silent(Stream(repeat(0.0)), "the edge server", 60)
+    for _ in range(1000):
+        next(messages)
+    assert len(started) == 1 and started[0].is_alive()
+    messages.close()
+    started[0].join(5)
+    assert not started[0].is_alive()
