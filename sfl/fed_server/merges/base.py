@@ -67,9 +67,12 @@ class Merge(ABC):
         chosen = frozenset(self.trained(state) if keys is None else keys)
         result = dict(state)
         result.update({key: state[key].copy() for key in chosen})
+        # Room for the products, once for all updates.
+        product = {shape: np.empty(shape, np.float32) for shape in {result[key].shape for key in chosen}}
         for update in by_device(updates):
             for key, value in self.delta(state, update, chosen).items():
-                result[key][trained_part(key, update.rank)] += weights[update.device] * value
+                part = trained_part(key, update.rank)
+                result[key][part] += np.multiply(value, weights[update.device], out=product[result[key].shape][part])
         return result
 
     def trained(self, state: Iterable[AdapterKey]) -> list[AdapterKey]:
