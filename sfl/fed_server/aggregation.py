@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState
 from sfl.errors import AdapterError, SettingsError
@@ -100,6 +101,10 @@ class Aggregation:
         `population` are the training examples of all devices that take part. What cannot be used is in `rejected`; when that
         is all, the state stays as it is. Raises `AdapterError` when an update cannot be read or the result would not be finite.
         """
+        with threadpool_limits(1, "blas"):  # matrices are small: a second thread only waits, on busy cores for many times as long
+            return self._aggregated(state, updates, population)
+
+    def _aggregated(self, state: AdapterState, updates: Sequence[Update], population: int) -> Aggregated:
         counted = sorted(updates, key=lambda update: update.device)
         rejected: dict[str, str] = {}
         notes: dict[str, Any] = {}
