@@ -127,7 +127,8 @@ class StrategySettings(Settings):
         ge=0,
         le=1,
         description=_differs(
-            "pace", "min_steps of a device are multiplied by (mean examples of all devices / its own) ** pace (gsfs)"
+            "pace",
+            "min_steps and max_steps of a device are multiplied by (mean examples of all devices / its own) ** pace (gsfs)",
         ),
     )
     max_steps: int = Field(0, ge=0, description="most steps between two uploads of a device; 0: no bound (gsfs)")

@@ -154,14 +154,15 @@ def test_policies_carry_the_settings_and_each_strategys_defaults() -> None:
     assert shared == ["splitlora"]
 
 
-def test_a_device_with_much_data_may_upload_sooner_and_none_later_than_the_bound() -> None:
-    def least(size: float, **changes: Any) -> int:
-        settings = StrategySettings(**{"min_steps": 12, "pace": 2 / 3, **changes})
-        return make_strategy(settings).policy(size).triggered.min_steps
+def test_a_device_with_much_data_uploads_sooner_and_one_with_little_later() -> None:
+    def bounds(size: float, **changes: Any) -> tuple[int, int]:
+        settings = StrategySettings(**{"min_steps": 12, "max_steps": 24, "pace": 2 / 3, **changes})
+        triggered = make_strategy(settings).policy(size).triggered
+        return triggered.min_steps, triggered.max_steps
 
-    assert [least(size) for size in (8.0, 1.0, 1 / 8, 1 / 27)] == [3, 12, 48, 108]
-    assert least(1 / 27, max_steps=40) == 40 and least(1e9) == 1
-    assert [least(size, pace=0.0) for size in (8.0, 1 / 8)] == [12, 12]
+    assert [bounds(size) for size in (8.0, 1.0, 1 / 8, 1 / 27)] == [(3, 6), (12, 24), (48, 96), (108, 216)]
+    assert bounds(1e9) == (1, 1) and bounds(1 / 8, max_steps=0) == (48, 0)
+    assert [bounds(size, pace=0.0) for size in (8.0, 1 / 8)] == [(12, 24), (12, 24)]
     assert make_strategy(StrategySettings(name="gsfs-printed")).policy(1 / 8).triggered.min_steps == 1
 
 

@@ -33,8 +33,8 @@ class Gsfs(Strategy):
         triggered = pb.Triggered(
             alpha=chosen.alpha,
             beta=chosen.beta,
-            min_steps=self._least_steps(size),
-            max_steps=chosen.max_steps,
+            min_steps=self._paced(chosen.min_steps, size),
+            max_steps=self._paced(chosen.max_steps, size),
             validate_every=chosen.validate_every,
             threshold=chosen.threshold,
             threshold_growth=chosen.threshold_growth,
@@ -54,14 +54,13 @@ class Gsfs(Strategy):
             policy.feedback.margin = chosen.feedback_margin
         return policy
 
-    def _least_steps(self, size: float) -> int:
-        """`min_steps` of a device, paced by its data.
+    def _paced(self, steps: int, size: float) -> int:
+        """So many steps, as a device with `size` times the mean of the data has them; 0 stays 0.
 
         What an update misses of the others' work grows with the steps it spans, i_k, and counts with its weight a_k. For a
         given number of uploads the sum of squares (a_k i_k)^2 is least when i_k is in proportion to a_k^(-2/3).
         """
-        paced: int = max(1, round(self.settings.min_steps * size**-self.settings.pace))
-        return min(paced, self.settings.max_steps) if self.settings.max_steps else paced
+        return max(1, round(steps * size**-self.settings.pace)) if steps else 0
 
     def due(self, standing: Standing) -> bool:
         counted = {
