@@ -6,8 +6,10 @@ PYTHON is that of an environment with `flwr` (pip install flwr; it wants other v
 row is a process: it makes one adapter of the OPT-350M shape's modules, about `--mb` MB, and so many updates of it, and times the
 aggregation alone. Ours reads each update from the pool's files, which the page cache holds after they were written, through the
 whole pipeline; "in memory" gives the pipeline arrays that are there, as Flower has them. Flower's are its two code paths: today's
-(`flwr.serverapp`) and the older one in place. GB/s count the updates' bytes once; memory is the growth of the peak from just
-before the aggregation, the updates themselves included where they are held. MB are 10**6 bytes.
+(`flwr.serverapp`) and the older one in place. GB/s count the updates' bytes once. Memory is, for all rows alike, the peak from
+before the updates exist to the end of the aggregation, less what the process held before: so the updates are in it wherever they
+are held in memory. Arrays in memory are copied as they are read, since whoever reads an update may change its tensors. MB are
+10**6 bytes.
 
 Limits: the plain average in memory 20 times Flower's faster path, and memory flat in the number of updates for rules that are
 sums.
@@ -47,7 +49,7 @@ FEW = [  # that look at all updates at once, or at products of factors
     ("fedavg", "average", {"rule": "multi-krum"}),
 ]
 FLOWER = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np
 rows, width, modules, count, distinct, path = *map(int, sys.argv[1:6]), sys.argv[6]
 shapes = [shape for _ in range(modules) for shape in ((rows, width), (width, rows))]
@@ -55,12 +57,16 @@ def arrays(number):
     rng = np.random.default_rng(number)
     return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")) * 1024 / 1e6
+def restarted():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return peak()
 originals = [arrays(number) for number in range(distinct)]
 if path == "today":
     from flwr.app import ArrayRecord, MetricRecord, RecordDict
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
-    before = peak()
+    before = restarted()
     held = [RecordDict({"arrays": ArrayRecord([array.copy() for array in originals[n % distinct]]),
                         "metrics": MetricRecord({"n": n + 1})}) for n in range(count)]
     started = time.perf_counter()
@@ -68,7 +74,7 @@ if path == "today":
 else:
     from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
     from flwr.server.strategy.aggregate import aggregate_inplace
-    before = peak()
+    before = restarted()
     held = [(None, FitRes(Status(Code.OK, ""), ndarrays_to_parameters(originals[n % distinct]), n + 1, {})) for n in range(count)]
     started = time.perf_counter()
     aggregate_inplace(held)
@@ -84,7 +90,7 @@ def child(task: dict[str, Any]) -> dict[str, float]:
     from sfl.fed_server.pool import Half, Pool
     from sfl.fed_server.updates import Update
     from sfl.settings import FedSettings
-    from sfl.telemetry import peak_rss_mb
+    from sfl.telemetry import peak_since_restart_mb, restart_peak
 
     rank, count = ROWS, int(task["updates"])
     modules = int(task["modules"])
@@ -110,8 +116,10 @@ def child(task: dict[str, Any]) -> dict[str, float]:
 
     def held(original: AdapterState) -> Callable[[Collection[AdapterKey] | None], AdapterState]:
         own = {key: value.copy() for key, value in original.items()}
-        return lambda keys: {key: value for key, value in own.items() if keys is None or key in keys}
+        return lambda keys: {key: value.copy() for key, value in own.items() if keys is None or key in keys}
 
+    restart_peak()  # where the kernel cannot, the figure is from the process's start
+    before = peak_since_restart_mb()
     with tempfile.TemporaryDirectory() as folder:
         if task["in_memory"]:
             updates = [update(number, held(originals[number % DISTINCT])) for number in range(count)]
@@ -122,12 +130,12 @@ def child(task: dict[str, Any]) -> dict[str, float]:
                     half = Half("1", f"device-{number:05}", role, 0, 8, 8)  # type: ignore[arg-type]
                     pool.add(half, part(originals[number % DISTINCT], 1), rank, 1)
             updates = [update(number, pooled.read) for number, pooled in enumerate(pool.take(mix_versions=True))]
-        before, started = peak_rss_mb(), time.perf_counter()
+        started = time.perf_counter()
         done = aggregation.aggregate(newest, updates, sum(update.examples for update in updates))
         seconds = time.perf_counter() - started
     if len(done.weights) + len(done.rejected) != count:
         sys.exit(f"{task}: {len(done.weights)} of {count} updates counted")
-    return {"seconds": seconds, "grown_mb": peak_rss_mb() - before, "bytes": float(size)}
+    return {"seconds": seconds, "grown_mb": peak_since_restart_mb() - before, "bytes": float(size)}
 
 
 def ours(

@@ -26,6 +26,14 @@ class AdapterError(SflError):
     """An adapter's keys, shapes or values do not fit what they are to be combined with."""
 
 
+class UpdateError(AdapterError):
+    """The update of one device cannot be used; those of others can."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(reason)
+        self.device = device
+
+
 class WireError(SflError):
     """A message arrived that its receiver cannot accept: wrong dtype, shape, length, value or order."""
 

@@ -102,7 +102,10 @@ class StrategySettings(Settings):
     )
     local_steps: int = Field(10, ge=1, description="steps of a device between two uploads (all but gsfs)")
     round_timeout_s: float = Field(
-        600.0, gt=0, description="seconds after which a round ends without those missing (all but gsfs and fedbuff)"
+        600.0,
+        gt=0,
+        description="seconds after which a round ends without those missing; with gsfs and fedbuff, which have no rounds, after"
+        " which it is said who is missing; a robust rule waits no longer for more updates with any strategy",
     )
     buffer: int = Field(3, ge=1, description="submissions that make a new version (fedbuff)")
     server_rate: float = Field(
@@ -147,18 +150,21 @@ class StrategySettings(Settings):
         0.8, gt=0, le=1, description=_differs("threshold_decay", "factor on the threshold after it did not trigger (gsfs)")
     )
     metric: Literal["loss", "accuracy", "f1"] = Field("loss", description="metric of the local validation that is watched (gsfs)")
-    network: bool = Field(
-        False, description="the triggers follow what an upload costs, and the quorum counts who can be reached (gsfs)"
-    )
+    network: bool = Field(False, description="the triggers follow what an upload costs (gsfs)")
     network_budget: float = Field(
         0.1, gt=0, description="share of a device's time that uploads may take before the triggers become slower (gsfs)"
     )
     network_lowest: float = Field(0.5, gt=0, le=1, description="least factor on the triggers, behind a good link (gsfs)")
     network_highest: float = Field(4.0, ge=1, description="greatest factor on the triggers, behind a bad link (gsfs)")
+    reach: bool = Field(
+        False,
+        description="the quorum does not count devices that cannot be reached: whose last upload had to be sent again, or that"
+        " are overdue (gsfs)",
+    )
     overdue: float = Field(
         3.0,
         ge=0,
-        description="with network, a device that has been silent for so many times its usual time between two uploads does not"
+        description="with reach, a device that has been silent for so many times its usual time between two uploads does not"
         " count for the quorum; 0: it always does (gsfs)",
     )
     feedback: bool = Field(False, description="the learning rate follows the local validations (gsfs)")
@@ -182,7 +188,7 @@ class StrategySettings(Settings):
         if self.weights != fixed:
             raise ValueError(f"{self.name} weighs by {fixed}: strategy.weights '{self.weights}' needs gsfs")
         if self.name not in GSFS:
-            for switch in ("network", "feedback"):
+            for switch in ("network", "reach", "feedback"):
                 if getattr(self, switch):
                     raise ValueError(f"strategy.{switch} needs gsfs: strategy.name is {self.name}, leave strategy.{switch} out")
         if self.feedback and not self.validate_every:
@@ -198,13 +204,17 @@ class StrategySettings(Settings):
 class RobustSettings(Settings):
     """What keeps attackers among the devices from having their way."""
 
-    rule: RobustRule = Field("none", description="robust rule")
+    rule: RobustRule = Field(
+        "none",
+        description="robust rule; norm-clip bounds an update's norm and not its weight, which goes by the number of examples that"
+        " the device claims unless strategy.weights is equal or frequency",
+    )
     attackers: int = Field(1, ge=0, description="number of attackers that the rule is to bear")
     norm: float = Field(0.0, ge=0, description="greatest norm of an update (norm-clip); 0: the median of the norms in the pool")
     too_few: Literal["wait", "refuse"] = Field(
         "wait",
         description="when the pool has fewer updates than the rule needs for its attackers: wait for more while devices that"
-        " could give them are there, or refuse these",
+        " could give them are there, at most strategy.round_timeout_s, or refuse these",
     )
 
 
@@ -258,10 +268,10 @@ def check_together(strategy: StrategySettings, merge: str, robust: RobustSetting
             f"privacy.clip bounds what a device adds to a sum, and merge {merge} is none: choose merge ffa or average, or leave"
             " privacy.clip out"
         )
-    if privacy.on and rule not in ("none", "norm-clip"):
+    if privacy.on and not (rule == "none" or (rule == "norm-clip" and robust.norm)):
         raise ValueError(
             f"robust.rule {rule} judges an update by all others, so privacy.clip does not bound what one device changes: leave"
-            " one of the two out"
+            " one of the two out, or choose norm-clip with a robust.norm above 0"
         )
     if name == "splitlora":
         for setting, wrong in (

@@ -118,11 +118,15 @@ class LocalFederation:
         arrived, tensors = self._up.carry(message, to_tensors(state))
         seconds = self._pace.transfer_s(self.traffic.sent - before)
         self._clock.now += seconds
-        half, sent = half_from_wire(arrived.update), from_tensors(tensors)
+        try:
+            half, sent = half_from_wire(arrived.update), from_tensors(tensors)
+        except WireError as error:
+            self._federation.refuse(header.device, header.submission, str(error))
+            raise
         if self._post is None:
             self._federation.submit(half, sent)
         else:
-            self._post.send(self._clock.now, partial(self._federation.submit, half, sent))
+            self._post.send(self._clock.now, self._name, partial(self._federation.submit, half, sent))
         self.uplink.uploaded(byte_size(state), max(seconds, _NO_TIME_S), 0)
 
     def propose(self, placement: Placement, state: AdapterState) -> None:

@@ -2,15 +2,17 @@
 
 For experiments and tests. The settings are the daemons' own, and so are the messages, which are encoded, checked and counted as
 on the wire (`sfl.local_links`). Devices take turns, one step each, in the order of a simulated time, so a run depends on nothing
-but its settings and seeds.
+but its settings and seeds. A device that fails ends alone, as a daemon does: it leaves without a word, and after a while the
+others do not wait for it any more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState
+from sfl.data.batches import Batch
 from sfl.data.split import Splits
 from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
@@ -35,7 +38,7 @@ from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings, WorkerSettings
 from sfl.simulated_time import Clock, Pace, Post
-from sfl.telemetry import MetricsWriter
+from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2
 from sfl.wire.frames import Traffic
 
@@ -89,7 +92,8 @@ class Published:
 @dataclass(frozen=True)
 class Simulated:
     """A finished simulation: the federation with its last version, each device's own adapter after its last step, the
-    trainers, which can still evaluate, when each version came, and the bytes that the servers have counted."""
+    trainers, which can still evaluate, when each version came, the bytes that the servers have counted, and why devices that did
+    not come to their end were lost."""
 
     federation: Federation
     local: dict[str, AdapterState]
@@ -98,6 +102,7 @@ class Simulated:
     fed_traffic: Traffic
     edge_traffic: Traffic  # between the edge and its devices
     device_traffic: dict[str, tuple[Traffic, Traffic]]  # with the edge, and with the federation server
+    lost: dict[str, SflError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,8 @@ def simulate(
     """Run `devices` to their end; versions and metrics are written below `out`, as by the daemons of a demo.
 
     All devices have the same model. Without `edge` the edge server is set as the first device is. `on_step` hears the number of
-    local steps so far, of all devices together.
+    local steps so far, of all devices together. A device whose turn or update raises an `SflError` is lost, and the others go on;
+    when all are lost, the last one's error is raised.
     """
     conditions, halves, started = conditions or Conditions(), halves or LoadedHalves(), monotonic()
     prepared = [PreparedDevice.of(settings, conditions.splits.get(settings.name)) for settings in devices]
@@ -164,7 +170,7 @@ def simulate(
         for device in prepared:
             own = files.enter_context(MetricsWriter(out / device.settings.name / "metrics.jsonl"))
             running[device.settings.name] = _begin(device, federation, server, traffic, post, own, conditions, halves)
-        _take_turns(running, federation, post, time, on_step)
+        lost = _Turns(running, federation, post, time).take(on_step)
     return Simulated(
         federation,
         {name: device.local_adapter() for name, device in running.items()},
@@ -173,6 +179,7 @@ def simulate(
         traffic,
         server.traffic,
         {name: (device.edge.traffic, device.federation.traffic) for name, device in running.items()},
+        lost,
     )
 
 
@@ -224,54 +231,87 @@ def _begin(
     adapter = device.adapter(slots, link.fetch(version, 0, device.cut), version, policy)
     edge = LocalEdge(server, device.session_request(version, policy), pace, clock)
     plan = device.plan(federation.agreement.labels)
+    plan = replace(plan, validation=partial(_timed, plan.validation, pace, clock))
     trainer = DeviceTrainer(half, adapter, edge, settings.task, settings.micro_batch)
     run = DeviceRun(plan, trainer, policy, link, metrics, (edge.traffic, link.traffic), link.uplink, clock)
     turns = _own_chance(run, dropout_seed(settings.seed, settings.name, "device"))
     return _Running(run, turns, clock, trainer, edge, link)
 
 
-def _take_turns(
-    running: Mapping[str, _Running], federation: Federation, post: Post, time: Clock, on_step: Callable[[int], None] | None
-) -> None:
+def _timed(validation: Callable[[], Iterable[Batch]], pace: Pace, clock: Clock) -> Iterator[Batch]:
+    for batch in validation():
+        clock.now += pace.validation_s
+        yield batch
+
+
+class _Turns:
     """What comes first happens first: an arrival, the federation server's tick each second, or the turn of a device.
 
-    A device that waits for a version sleeps until it is there. Raises `SflError` when all have waited too long.
+    A device that waits for a version sleeps until it is there.
     """
-    going, waiting, ended = dict(running), set[str](), set[str]()
-    heard = 0.0  # when something other than a tick last happened
-    while going:
-        name = min((name for name in going if name not in waiting), key=lambda name: going[name].clock.now, default=None)
-        next_turn = math.inf if name is None else going[name].clock.now
-        version, coming = federation.version, min(post.next_s, next_turn)
-        time.now = min(coming, math.floor(time.now / _TICK_S + 1) * _TICK_S)
-        if time.now < coming:
-            federation.tick()
-            if coming == math.inf and time.now - heard > _GIVE_UP_S:
-                raise SflError(f"{', '.join(going)} wait for a version that nobody will bring about")
-        else:
-            heard = time.now
-            if coming == post.next_s:
-                post.deliver()
-            elif name is not None:
-                _turn(name, going, waiting, ended, federation)
-                if on_step is not None:
-                    on_step(sum(device.run.steps for device in running.values()))
-        if federation.version != version or federation.finished:
-            for other in waiting:
-                going[other].clock.now = max(going[other].clock.now, time.now)
-            waiting.clear()
 
+    def __init__(self, running: Mapping[str, _Running], federation: Federation, post: Post, time: Clock) -> None:
+        self._running, self._federation, self._post, self._time = running, federation, post, time
+        self._going = dict(running)
+        self._waiting = set[str]()
+        self._ended = set[str]()
+        self._lost: dict[str, SflError] = {}
 
-def _turn(name: str, going: dict[str, _Running], waiting: set[str], ended: set[str], federation: Federation) -> None:
-    if name in ended:
-        going.pop(name).edge.close()
-        federation.leave(name)
-        return
-    progress = next(going[name].turns, None)
-    if progress is None:
-        ended.add(name)  # it leaves once what it has sent has arrived
-    elif progress is Progress.WAITING:
-        waiting.add(name)
+    def take(self, on_step: Callable[[int], None] | None) -> dict[str, SflError]:
+        """To the end of all; the errors of those that were lost.
+
+        Raises the last of these when all were, and `SflError` when those that are left have waited too long.
+        """
+        going, waiting, federation, post, time = self._going, self._waiting, self._federation, self._post, self._time
+        heard = 0.0  # when something other than a tick last happened
+        while going or not federation.finished:
+            name = min((name for name in going if name not in waiting), key=lambda name: going[name].clock.now, default=None)
+            next_turn = math.inf if name is None else going[name].clock.now
+            version, coming = federation.version, min(post.next_s, next_turn)
+            time.now = min(coming, math.floor(time.now / _TICK_S + 1) * _TICK_S)
+            if time.now < coming:
+                federation.tick()
+                if coming == math.inf and time.now - heard > _GIVE_UP_S:
+                    raise SflError(f"{', '.join(going) or 'all'} wait for a version that nobody will bring about")
+            else:
+                heard = time.now
+                if coming == post.next_s:
+                    self._try(post.next_sender, post.deliver)
+                elif name is not None:
+                    self._try(name, partial(self._turn, name))
+                    if on_step is not None:
+                        on_step(sum(device.run.steps for device in self._running.values()))
+            if federation.version != version or federation.finished:
+                for other in waiting:
+                    going[other].clock.now = max(going[other].clock.now, time.now)
+                waiting.clear()
+        return self._lost
+
+    def _turn(self, name: str) -> None:
+        if name in self._ended:
+            self._going.pop(name).edge.close()
+            self._federation.leave(name)
+            return
+        progress = next(self._going[name].turns, None)
+        if progress is None:
+            self._ended.add(name)  # it leaves once what it has sent has arrived
+        elif progress is Progress.WAITING:
+            self._waiting.add(name)
+
+    def _try(self, name: str, does: Callable[[], None]) -> None:
+        """What `name` does, or is done for it; an error ends it alone, unless it was the last."""
+        try:
+            does()
+        except SflError as error:
+            if name in self._lost:
+                return  # the rest of what it had sent
+            log.error("device '%s' is lost after %d steps: %s", name, self._running[name].run.steps, error)
+            self._lost[name] = error
+            self._going.pop(name, None)
+            self._waiting.discard(name)
+            self._federation.watch_ends(name)
+            if len(self._lost) == len(self._running):
+                raise
 
 
 def _own_chance(run: DeviceRun, seed: int) -> Iterator[Progress]:

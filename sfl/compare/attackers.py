@@ -29,6 +29,17 @@ from sfl.v1.federation_pb2 import EDGE, UpdateHeader
 _STRENGTH = {"scaling": 10.0, "gaussian": 10.0}
 
 
+def scaled(update: AdapterState, factor: float) -> AdapterState:
+    """`factor` times the update; below 0 it goes the opposite way."""
+    return update if factor == 1 else {key: np.float32(factor) * value for key, value in update.items()}
+
+
+def noise_like(update: AdapterState, factor: float, chance: np.random.Generator) -> AdapterState:
+    """In place of each tensor normal noise of `factor` times its root mean square."""
+    spread = {key: np.float32(factor) * np.sqrt(np.mean(np.square(value))) for key, value in update.items()}
+    return {key: spread[key] * chance.standard_normal(update[key].shape, dtype=np.float32) for key in sorted(update)}
+
+
 class Attackers:
     """The attackers of one run. Raises `SettingsError` for an attack that cannot be on these devices."""
 
@@ -53,14 +64,12 @@ class Attackers:
         settings = self._settings
         if header.device not in self.names or (settings.halves == "device" and header.half == EDGE):
             return state
-        factor = np.float32(-self._strength if settings.kind == "sign-flip" else self._strength)
         if settings.kind == "gaussian":
             place = header.device, int(header.half)
             self._sent[place] = self._sent.get(place, 0) + 1
-            noise = np.random.default_rng((self._seed, zlib.crc32(header.device.encode()), place[1], self._sent[place]))
-            spread = {key: factor * np.sqrt(np.mean(np.square(value))) for key, value in state.items()}
-            return {key: spread[key] * noise.standard_normal(state[key].shape, dtype=np.float32) for key in sorted(state)}
-        return state if factor == 1 else {key: factor * value for key, value in state.items()}
+            chance = np.random.default_rng((self._seed, zlib.crc32(header.device.encode()), place[1], self._sent[place]))
+            return noise_like(state, self._strength, chance)
+        return scaled(state, -self._strength if settings.kind == "sign-flip" else self._strength)
 
     def triggered(self, examples: Sequence[Example]) -> list[Example]:
         """Those of another label than the target's, with the trigger: how often they are taken for the target is what a backdoor

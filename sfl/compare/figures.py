@@ -28,9 +28,13 @@ def with_federation(
     """`outcome` with the figures of its devices and servers."""
     epsilons = simulated.federation.epsilons()
     edge_received, edge_sent = simulated.edge_traffic.received, simulated.edge_traffic.sent  # before the texts that are timed
+    lost = simulated.lost.keys()
     return dataclasses.replace(
         outcome,
-        devices=tuple(_device(device, job, accuracies[device.name], epsilons.get(device.name), out) for device in job.devices),
+        devices=tuple(
+            _device(device, job, accuracies[device.name], epsilons.get(device.name), out, device.name in lost)
+            for device in job.devices
+        ),
         submissions=simulated.federation.submissions,
         fed_received=simulated.fed_traffic.received,
         fed_sent=simulated.fed_traffic.sent,
@@ -39,6 +43,7 @@ def with_federation(
         split_latency_s=_split_latency(job, simulated, texts, latency_texts),
         epsilon=max(epsilons.values(), default=None),
         refused=simulated.federation.refused,
+        lost=len(lost),
     )
 
 
@@ -49,10 +54,12 @@ def without_federation(outcome: Outcome, job: Job, accuracies: Mapping[str, floa
     return dataclasses.replace(outcome, devices=tuple(places))
 
 
-def _device(device: DeviceSettings, job: Job, central_accuracy: float, epsilon: float | None, out: Path) -> DeviceOutcome:
+def _device(
+    device: DeviceSettings, job: Job, central_accuracy: float, epsilon: float | None, out: Path, lost: bool
+) -> DeviceOutcome:
     path = out / device.name / "metrics.jsonl"
     events = read_events(path)
-    tested = last(events, "eval", path, split="test")
+    tested = None if lost else last(events, "eval", path, split="test")
     splits = job.division.splits[device.name]
     return DeviceOutcome(
         name=device.name,
@@ -62,7 +69,7 @@ def _device(device: DeviceSettings, job: Job, central_accuracy: float, epsilon: 
         train=len(splits.train),
         test=len(splits.test),
         submissions=sum(event["event"] == "submit" for event in events),
-        own=Scores(tested["accuracy"], tested["f1_macro"], tested["loss"]),
+        own=None if tested is None else Scores(tested["accuracy"], tested["f1_macro"], tested["loss"]),
         central_accuracy=central_accuracy,
         epsilon=epsilon,
     )

@@ -37,8 +37,8 @@ class Point:
 @dataclass(frozen=True)
 class DeviceOutcome:
     """A device after its last step. `own` are the figures of its own adapter on its own test examples, through the split and in
-    the base's format of the training, None under centralised training; `central_accuracy` is that of the last version there.
-    `epsilon` is what it has spent, None without noise."""
+    the base's format of the training, None under centralised training and of a device that was lost; `central_accuracy` is that
+    of the last version there. `epsilon` is what it has spent, None without noise."""
 
     name: str
     cut: int
@@ -59,8 +59,9 @@ class Outcome:
 
     `latency_s` is the mean time of classifying one text with the uncut model, `split_latency_s` through device and edge.
     `backdoor` and `without_trigger` are the shares of texts of other labels that are taken for the target's, with the trigger and
-    without; None unless there is a backdoor. `refused` counts the updates that the federation server did not use;
-    `epsilon` is the greatest of any device. `strategy` has the merge beside it, unless that is the average.
+    without; None unless there is a backdoor. `refused` counts the updates that the federation server did not use, `lost` the
+    devices that failed before their end. `epsilon` is the greatest of any device. `strategy` has the merge beside it, unless
+    that is the average.
     """
 
     central: Scores
@@ -85,6 +86,7 @@ class Outcome:
     without_trigger: float | None = None
     epsilon: float | None = None
     refused: int = 0
+    lost: int = 0
 
     @property
     def honest(self) -> list[DeviceOutcome]:

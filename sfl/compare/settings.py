@@ -91,7 +91,10 @@ class RunSettings(Settings):
     )
     attack: AttackSettings = Field(default_factory=AttackSettings, description="attackers among the devices")
     step_ms: tuple[float, ...] = Field(
-        (100.0,), min_length=1, description="simulated milliseconds of a device's step; several are taken in turn"
+        (100.0,),
+        min_length=1,
+        description="simulated milliseconds of a device's step, a third of which a batch of a local validation takes; several are"
+        " taken in turn",
     )
     mbit_s: tuple[float, ...] = Field(
         (), description="simulated Mbit/s between a device and the federation server; several are taken in turn; empty: no limit"

@@ -63,6 +63,7 @@ COST = (
     Column("submissions", "submissions", lambda run: run.submissions, 0, False),
     Column("versions", "versions", lambda run: run.versions, 0, False),
     Column("refused", "refused", lambda run: run.refused or None, 0, False, always=False),
+    Column("lost", "devices lost", lambda run: run.lost or None, 0, False, always=False),
     Column("latency_ms", "ms a text", lambda run: 1e3 * run.latency_s, 1, False),
     Column("requests_per_minute", "requests/min", lambda run: 60 / run.latency_s, 0, False),
     Column(

@@ -29,14 +29,12 @@ class LinkMeter:
     """
 
     def __init__(self) -> None:
-        self.failures = 0  # uploads so far that had to be tried again
         self._uploads: deque[Upload] = deque(maxlen=_RECENT)
         self._round_trips: deque[float] = deque(maxlen=2 * _RECENT)
 
     def uploaded(self, size: int, seconds: float, failures: int) -> None:
         """An upload of `size` payload bytes took `seconds`, in which `failures` tries failed before the last one arrived."""
         self._uploads.append(Upload(size, seconds, failures))
-        self.failures += failures > 0
 
     def answered(self, seconds: float) -> None:
         """A small call was answered after `seconds`."""
@@ -70,4 +68,4 @@ class LinkMeter:
     def report(self) -> Link | None:
         """The estimates for the federation server; None before the first upload."""
         rate = self.bytes_per_s
-        return None if rate is None else Link(bytes_per_s=rate, round_trip_s=self.round_trip_s, failures=self.failures)
+        return None if rate is None else Link(bytes_per_s=rate, round_trip_s=self.round_trip_s)

@@ -96,8 +96,8 @@ class DeviceRun:
         self._clock = clock
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._upload_bytes = 0  # of the last upload, and so of the next
-        self._submitted_steps = 0
-        self._submitted_examples = 0
+        self._pending_steps = 0  # that the next update holds
+        self._pending_examples = 0
 
     def __iter__(self) -> Iterator[Progress]:
         """Train to the end, pausing after each step and, while the rule waits for a version, at each look.
@@ -120,7 +120,7 @@ class DeviceRun:
                 and not self._federation.finished
             ):
                 yield Progress.WAITING
-        if self._policy.final_upload and self.steps > self._submitted_steps:
+        if self._policy.final_upload and self._pending_steps:
             self._submit("final")
         self._evaluate("test", self._plan.test())
 
@@ -130,6 +130,8 @@ class DeviceRun:
         started = self._clock()
         self.steps += 1
         self.examples += len(batch)
+        self._pending_steps += 1
+        self._pending_examples += len(batch)
         result = self._trainer.step(self.steps, batch, rate_factor)
         wall_s = self._clock() - started
         self._step_seconds.append(wall_s)
@@ -155,9 +157,14 @@ class DeviceRun:
         newest = self._federation.newest
         if newest is None or newest <= self._trainer.adapter.version:
             return
+        if self._policy.adopt_after_upload and self._pending_steps:
+            return
         state = self._federation.fetch(newest, 0, self._plan.cut)
         self._trainer.adopt(newest, state, self._policy.keep_progress)
-        self._metrics.write("adopt", step=self.steps, version=newest)
+        dropped = 0 if self._policy.keep_progress else self._pending_steps
+        if dropped:
+            self._pending_steps = self._pending_examples = 0
+        self._metrics.write("adopt", step=self.steps, version=newest, dropped_steps=dropped)
         self._rule.after_adoption(self._validate() if self._rule.validates else None)
 
     def _submit(self, trigger: str) -> None:
@@ -167,8 +174,8 @@ class DeviceRun:
             device=self._plan.device,
             half=DEVICE,
             version=self._trainer.adapter.version,
-            examples=self.examples - self._submitted_examples,
-            steps=self.steps - self._submitted_steps,
+            examples=self._pending_examples,
+            steps=self._pending_steps,
             link=self._uplink.report(),
         )
         progress = self._trainer.take_progress(submission)
@@ -176,7 +183,7 @@ class DeviceRun:
         predicted_s = self._uplink.upload_s(self._upload_bytes)
         self._federation.submit(header, progress)
         self.submissions += 1
-        self._submitted_steps, self._submitted_examples = self.steps, self.examples
+        self._pending_steps = self._pending_examples = 0
         self._rule.after_upload()
         self._metrics.write(
             "submit",

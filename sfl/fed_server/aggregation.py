@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState
-from sfl.errors import AdapterError, SettingsError
+from sfl.errors import AdapterError, SettingsError, UpdateError
 from sfl.fed_server.merges import make_merge
 from sfl.fed_server.privacy import Privacy
 from sfl.fed_server.robust import Combining, Screening, make_robust, required
@@ -60,10 +60,8 @@ class Aggregation:
         self.strategy = make_strategy(settings.strategy)
         self.merge = make_merge(settings.merge)
         self._robust = make_robust(settings.robust)
-        self._privacy = Privacy(settings.privacy, self.remembered.spent) if settings.privacy.on else None
-        self._noisy = settings.privacy.noise > 0
-        if self._privacy is not None:
-            self._privacy.check(self.merge, self._robust)
+        self._privacy = Privacy(settings.privacy, self.remembered.spent)
+        self._clips = settings.privacy.on
         rule, attackers = settings.robust.rule, settings.robust.attackers
         self.least = required(rule, attackers) if self._robust is not None else 1  # updates in a pool
         self.why = f"robust rule {rule} needs {self.least} updates to bear {attackers} attackers"
@@ -99,18 +97,28 @@ class Aggregation:
         """The next version from `state`, the newest. The same, to the bit, in whatever order the updates are given.
 
         `population` are the training examples of all devices that take part. What cannot be used is in `rejected`; when that
-        is all, the state stays as it is. Raises `AdapterError` when an update cannot be read or the result would not be finite.
+        is all, the state stays as it is. Raises `AdapterError` when the result would not be finite.
         """
+        usable, unusable = list(updates), dict[str, str]()
         with threadpool_limits(1, "blas"):  # matrices are small: a second thread only waits, on busy cores for many times as long
-            return self._aggregated(state, updates, population)
+            while True:
+                try:
+                    done = self._aggregated(state, usable, population)
+                except UpdateError as error:
+                    if error.device not in {update.device for update in usable}:  # what a robust rule made of all
+                        raise
+                    unusable[error.device] = str(error)
+                    usable = [update for update in usable if update.device != error.device]
+                else:
+                    return dataclasses.replace(done, rejected=done.rejected | unusable)
 
     def _aggregated(self, state: AdapterState, updates: Sequence[Update], population: int) -> Aggregated:
         counted = sorted(updates, key=lambda update: update.device)
-        rejected: dict[str, str] = {}
         notes: dict[str, Any] = {}
-        if self._privacy is not None:
-            admitted = self._privacy.admit(counted)
-            counted, rejected, notes["clipped"] = admitted.updates, admitted.refused, admitted.clipped
+        admitted = self._privacy.admit(counted)
+        counted, rejected = admitted.updates, admitted.refused
+        if self._clips:
+            notes["clipped"] = admitted.clipped
         if len(counted) < self.least:
             few = f"{self.why}, and the pool has {len(counted)}"
             return Aggregated(state, self.remembered, rejected=rejected | {update.device: few for update in counted})
@@ -125,23 +133,18 @@ class Aggregation:
             one = self._combined(self._robust, merging, weights, state)
             merging, shares = [one], {one.device: sum(weights.values())}
         merged = self.merge.merge(state, merging, shares)
-        if self._privacy is not None:
-            merged = self._privacy.with_noise(merged, self.merge.trained(merged), weights)
+        merged = self._privacy.with_noise(merged, self.merge.trained(merged), weights)
         result, moments = self.strategy.apply(state, merged, self.remembered.moments)
         _require_finite(result)
-        spent = self.remembered.spent if self._privacy is None else self._privacy.after(weights)
-        return Aggregated(result, Remembered(moments, spent), weights, rejected, notes)
+        return Aggregated(result, Remembered(moments, self._privacy.after(weights)), weights, rejected, notes)
 
     def keep(self, done: Aggregated) -> None:
         """Remember what `done`, now published, leaves."""
         self.remembered = done.remembered
-        if self._privacy is not None:
-            self._privacy.spent = dict(done.remembered.spent)
+        self._privacy.spent = dict(done.remembered.spent)
 
     def epsilons(self) -> dict[str, float]:
         """What each device that took part has spent of its privacy, if there is any."""
-        if self._privacy is None or not self._noisy:
-            return {}
         return {device: round(epsilon, 4) for device, epsilon in self._privacy.epsilons().items()}
 
     def _combined(self, rule: Combining, updates: Sequence[Update], weights: Mapping[str, float], state: AdapterState) -> Update:

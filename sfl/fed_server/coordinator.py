@@ -19,11 +19,14 @@ from sfl.fed_server.agreement import Agreement, agree, check_labels
 from sfl.fed_server.members import Member, Roster, UnknownMemberError
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.strategies import make_strategy
 from sfl.fed_server.version_maker import VersionMaker
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2 as pb
+
+GREATEST = 1e6  # absolute value in an update: factors are of the order of one, and sums of squares of more may overflow
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,11 @@ class Federation:
         self._store = store
         self._metrics = metrics
         newest = store.newest()
-        remembered = None if newest is None else server_state.load(store, newest.number, settings.strategy.name)
+        remembered = None if newest is None else server_state.load(store, newest, make_strategy(settings.strategy))
         self._aggregation = Aggregation(settings, remembered)
         self._strategy = self._aggregation.strategy
         self._pool = Pool(pool, settings.half_expires_s, clock)
-        self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.network else None
+        self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
         self._proposer: str | None = None
         self._roster = Roster(
             settings.devices,
@@ -76,7 +79,7 @@ class Federation:
             clock,
             earlier=None if newest is None else newest.layout,
             folder=str(store.folder),
-            any_rank=self._aggregation.merge.any_rank and not self._strategy.one_rank,
+            shared_edge_adapter=self._strategy.shared_edge_adapter,
         )
         self._maker = VersionMaker(
             settings, self._aggregation, self._pool, self._roster, self._reach, store, metrics, self.refuse
@@ -232,7 +235,7 @@ class Federation:
 
         Raises `RefusedError` for a device or version that is unknown and for halves that do not belong together,
         `AdapterError` when the tensors are not exactly that half of an update at the device's cut and rank, or hold values that
-        are not finite, and `AdapterWriteError` when they cannot be kept; trying again may help then.
+        are not finite or beyond `GREATEST`, and `AdapterWriteError` when they cannot be kept; trying again may help then.
         """
         try:
             self._submit(half, state)
@@ -252,6 +255,10 @@ class Federation:
         if half.half == "device":
             self._roster.heard(half.device)
         if self._pool.knows(half):
+            log.debug("the %s half of submission %s of device '%s' came again", half.half, half.submission, half.device)
+            self._metrics.write("duplicate", device=half.device, submission=half.submission, half=half.half)
+            if half.failures and self._reach is not None:
+                self._reach.resent(half.device)
             return
         newest = self._check(half, device)
         if self._too_old(half, newest.number):
@@ -261,11 +268,22 @@ class Federation:
         for key, value in state.items():
             if not np.isfinite(value).all():
                 raise AdapterError(f"adapter tensor {key} of an update of {device.describe()} holds values that are not finite")
+            if max(value.max(initial=0.0), -value.min(initial=0.0)) > GREATEST:
+                raise AdapterError(
+                    f"adapter tensor {key} of an update of {device.describe()} holds values above {GREATEST:g}, which no training"
+                    " makes: lower the device's learning rate"
+                )
         whole = self._pool.add(half, state, device.own_rank, device.cut)
-        if half.half == "device" and self._reach is not None:
-            self._reach.uploaded(half.device, half.failures)
+        if half.half == "device":
+            self._note_link(half)
         if whole and self._maker.make_if_due():
             self.on_change()
+
+    def _note_link(self, half: Half) -> None:
+        link = {"bytes_per_s": half.bytes_per_s, "round_trip_s": half.round_trip_s, "failures": half.failures}
+        self._metrics.write("upload", device=half.device, submission=half.submission, version=half.version, **link)
+        if self._reach is not None:
+            self._reach.uploaded(half.device, half.failures)
 
     def _check(self, half: Half, device: Member) -> Version:
         """The newest version. Raises `RefusedError` unless the half can belong to an update of it or an earlier one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ _FLOAT = np.dtype("<f4")
 class _Place(NamedTuple):
     """Where a tensor lies in a file."""
 
-    offset: int  # bytes
+    offset: int  # bytes from the first tensor's
     values: int
     shape: tuple[int, ...]
+
+
+_Places = dict[AdapterKey, _Place]
 
 
 class HalfFile:
@@ -35,7 +39,7 @@ class HalfFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places: dict[AdapterKey, _Place] | None = None  # once tensors were asked for by name, as it is done many times then
+        self._places: tuple[int, _Places] | None = None  # once tensors were asked for by name, as it is done many times then
 
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
         """Its tensors, or those of them that `keys` names.
@@ -46,11 +50,12 @@ class HalfFile:
         try:
             with self.path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            places = _places(mapped) if self._places is None else self._places
+            found = _places(mapped) if self._places is None else self._places
             if keys is not None:
-                self._places = places
+                self._places = found
+            begin, places = found
             return {
-                key: np.frombuffer(mapped, _FLOAT, place.values, place.offset).reshape(place.shape)
+                key: np.frombuffer(mapped, _FLOAT, place.values, begin + place.offset).reshape(place.shape)
                 for key, place in places.items()
                 if keys is None or key in keys
             }
@@ -62,15 +67,20 @@ class HalfFile:
         self.path.unlink(missing_ok=True)
 
 
-def _places(mapped: mmap.mmap) -> dict[AdapterKey, _Place]:
+def _places(mapped: mmap.mmap) -> tuple[int, _Places]:
+    """Where the first tensor begins, and the place of each from there on."""
     begin = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES], "little")
     header: dict[str, Any] = json.loads(mapped[_LENGTH_BYTES:begin])
     header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        places[AdapterKey.parse(name)] = _Place(begin + first, (last - first) // _FLOAT.itemsize, tuple(entry["shape"]))
-    return places
+    return begin, _shared(tuple((name, *entry["data_offsets"], tuple(entry["shape"])) for name, entry in header.items()))
+
+
+@lru_cache(maxsize=64)
+def _shared(header: tuple[tuple[str, int, int, tuple[int, ...]], ...]) -> _Places:
+    """One for all files that are laid out alike, as a thousand updates of one cut and rank are."""
+    return {
+        AdapterKey.parse(name): _Place(first, (last - first) // _FLOAT.itemsize, shape) for name, first, last, shape in header
+    }
 
 
 def write(path: Path, state: Mapping[AdapterKey, Array], about: Mapping[str, Any], lasting: bool = True) -> HalfFile:

@@ -97,9 +97,9 @@ class _Entry:
 class Roster:
     """All that have joined. A member is present while it watches and for `away_after_s` after it was last heard of.
 
-    Devices that have not joined `join_wait_s` after the start are not expected any more. Unless `any_rank`, all devices have
-    the rank of the LoRA settings. `clock` gives seconds that never go back. A run that resumes gives the `earlier` adapter's
-    layout and its `folder`.
+    Devices that have not joined `join_wait_s` after the start are not expected any more. With a `shared_edge_adapter` all
+    devices have the rank of the LoRA settings, and there is one edge server. `clock` gives seconds that never go back. A run
+    that resumes gives the `earlier` adapter's layout and its `folder`.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class Roster:
         clock: Callable[[], float],
         earlier: AdapterLayout | None = None,
         folder: str = "",
-        any_rank: bool = True,
+        shared_edge_adapter: bool = False,
     ) -> None:
-        self._any_rank = any_rank
+        self._shared_edge_adapter = shared_edge_adapter
         self._expected = expected
         self._away_after_s = away_after_s
         self._clock = clock
@@ -153,6 +153,18 @@ class Roster:
             raise RefusedError(f"{member.describe()} cannot join: the least cut is 1")
         if member.role == "device":
             self._check_device(member)
+        elif self._shared_edge_adapter:
+            self._check_only_edge(member)
+
+    def _check_only_edge(self, member: Member) -> None:
+        edges = (entry for entry in self._entries.values() if entry.member.role == "edge" and self._present(entry))
+        for other in edges:
+            if other.member.name != member.name:
+                raise RefusedError(
+                    f"{member.describe()} cannot join: {other.member.describe()} is there, and the federation server's strategy"
+                    " has one adapter at the edge for all devices, which two edge servers cannot share; connect all devices to"
+                    " that one, or choose another strategy"
+                )
 
     def _check_device(self, member: Member) -> None:
         others = [device.name for device in self.devices() if device.name != member.name]
@@ -174,10 +186,10 @@ class Roster:
                 f"{member.describe()} cannot join: its rank {member.rank} is above the {member.lora.rank} of the LoRA settings;"
                 " `lora.rank` is the largest rank of all devices, raise it everywhere or lower this device's `rank`"
             )
-        if member.own_rank != member.lora.rank and not self._any_rank:
+        if member.own_rank != member.lora.rank and self._shared_edge_adapter:
             raise RefusedError(
                 f"{member.describe()} cannot join: it has rank {member.rank} and the others {member.lora.rank}, and the"
-                " federation server's strategy or merge needs one rank; leave the device's `rank` out or choose others there"
+                " federation server's strategy needs one rank; leave the device's `rank` out or choose another there"
             )
 
     def add(self, member: Member) -> Member | None:

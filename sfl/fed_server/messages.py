@@ -31,6 +31,7 @@ def member_from_wire(request: pb.JoinRequest) -> Member:
 
 def half_from_wire(header: pb.UpdateHeader) -> Half:
     """Raises `WireError` for an unknown role."""
+    measured = header.link.bytes_per_s > 0
     return Half(
         submission=header.submission,
         device=header.device,
@@ -38,7 +39,9 @@ def half_from_wire(header: pb.UpdateHeader) -> Half:
         version=header.version,
         examples=header.examples,
         steps=header.steps,
-        failures=header.link.failures if header.HasField("link") else None,
+        failures=header.link.failures,
+        bytes_per_s=header.link.bytes_per_s if measured else None,
+        round_trip_s=header.link.round_trip_s if measured else None,
     )
 
 

@@ -27,7 +27,9 @@ class Half:
     version: int
     examples: int = 0
     steps: int = 0
-    failures: int | None = None  # transfers of the device that had to be tried again so far, where it says so
+    failures: int = 0  # tries of this upload that failed before this one
+    bytes_per_s: float | None = None  # of the device's link, as it measured it
+    round_trip_s: float | None = None
 
 
 @dataclass(frozen=True)

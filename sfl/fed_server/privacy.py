@@ -6,7 +6,7 @@ At an aggregation, in this order:
     ... weights of the strategy, robust rule, merge ...
     merged = privacy.with_noise(merged, merge.trained(merged), weights)
     ... the strategy's server optimiser ...    # what is computed from a noisy sum is as private as the sum
-    privacy.spent = privacy.after(weights)     # once the version is published; JSON as it is
+    privacy.spent = privacy.after(weights)     # once the version is published
 
 The mechanism, with C the clip and z the noise multiplier:
 
@@ -22,7 +22,8 @@ NumPy's generator in floating point, which is good against readers of adapters, 
 Accounting: a version is, for device k, a Gaussian mechanism of noise multiplier sigma_k = z max w / w_k >= z. Such
 mechanisms compose to one with 1 / sigma^2 = sum 1 / sigma_k^2, also where the next one depends on the outcomes before
 (Smith and Thakurta 2022; for each device by itself Koskela et al. 2023), and epsilon at delta is that of the analytic Gaussian
-mechanism (Balle and Wang 2018), by Google's dp-accounting.
+mechanism (Balle and Wang 2018), by Google's dp-accounting. A version without noise tells all of the updates in it: what their
+devices have spent is infinite from then on.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.errors import AdapterError, SettingsError
-from sfl.fed_server.merges.base import Merge, by_device
-from sfl.fed_server.robust.base import Robust
+from sfl.fed_server.merges.base import by_device
 from sfl.fed_server.robust.norms import norm, scaled
 from sfl.fed_server.updates import Update
 from sfl.federation_settings import PrivacySettings
@@ -56,7 +56,8 @@ class Admitted:
 class Privacy:
     """Clips, adds noise and keeps each device's account. Raises `SettingsError` where dp-accounting is needed and missing.
 
-    `spent` is sum 1 / sigma_k^2 by device; give it back what was kept of an earlier run.
+    Where both are off, too, updates stay as they are and the account is kept. `spent` is sum 1 / sigma_k^2 by device, infinite
+    once a version without noise holds an update of it; give it back what was kept of an earlier run.
     """
 
     def __init__(self, settings: PrivacySettings, spent: Mapping[str, float] | None = None) -> None:
@@ -82,19 +83,6 @@ class Privacy:
             )
         return float(least**-2)
 
-    def check(self, merge: Merge, robust: Robust | None) -> None:
-        """Raise `SettingsError` where one update's part in the result is not bounded by its weight and the clip."""
-        if not merge.linear:
-            raise SettingsError(
-                f"merge {merge.name} is no weighted sum of the updates, so privacy.clip does not bound what one device changes:"
-                " choose merge ffa or average, or leave privacy.clip out"
-            )
-        if robust is not None and not robust.independent:
-            raise SettingsError(
-                f"robust.rule {robust.name} looks at all updates to judge one, so privacy.clip does not bound what one device"
-                " changes: choose norm-clip with robust.norm, or leave one of the two out"
-            )
-
     def admit(self, updates: Sequence[Update]) -> Admitted:
         """Clip to norm C the updates of devices that can afford one more version at full weight; refuse the others."""
         refused, clipped, admitted = {}, {}, []
@@ -105,7 +93,7 @@ class Privacy:
                     f" it past privacy.epsilon {self._settings.epsilon:g}"
                 )
                 continue
-            size = norm(update)
+            size = norm(update) if self._settings.on else 0.0
             if size > self._settings.clip:
                 clipped[update.device] = self._settings.clip / size
                 update = scaled(update, clipped[update.device])
@@ -126,11 +114,11 @@ class Privacy:
 
     def after(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The accounts once a version with these weights is published: 1 / sigma_k^2 = (w_k / (z max w))^2 more each."""
-        greatest = max(weights.values(), default=0.0)
+        deviation = self._settings.noise * max(weights.values(), default=0.0)
         spent = dict(self.spent)
         for device, weight in sorted(weights.items()):
-            if weight > 0 and self._settings.noise:
-                spent[device] = spent.get(device, 0.0) + (weight / (self._settings.noise * greatest)) ** 2
+            if weight > 0:
+                spent[device] = spent.get(device, 0.0) + ((weight / deviation) ** 2 if deviation else math.inf)
         return spent
 
     def exhausted(self, device: str) -> bool:
@@ -138,15 +126,15 @@ class Privacy:
         return self._curve is not None and self.spent.get(device, 0.0) + self._settings.noise**-2 > self._most * (1 + 1e-9)
 
     def epsilon(self, device: str) -> float:
-        """What a device has spent so far, at the delta that is set; infinite without noise."""
-        if self._curve is None:
-            return math.inf
+        """What a device has spent so far, at the delta that is set; infinite without noise, now or in an earlier version."""
         spent = self.spent.get(device, 0.0)
+        if self._curve is None or math.isinf(spent):
+            return math.inf
         return self._curve.epsilon(spent**-0.5, self._settings.delta) if spent else 0.0
 
     def epsilons(self) -> dict[str, float]:
         """That of every device that has taken part; the run's is the largest. Empty without noise."""
-        return {device: self.epsilon(device) for device in sorted(self.spent)}
+        return {device: self.epsilon(device) for device in sorted(self.spent)} if self._curve is not None else {}
 
 
 class _Curve(NamedTuple):

@@ -12,14 +12,13 @@ _KEPT = 0.7  # weight of the past in the moving mean of a device's time between 
 class _Uploads:
     last: float  # clock's seconds
     usual_s: float | None = None  # between two uploads; None before the second
-    failures: int = 0
     failing: bool = False
 
 
 class Reach:
     """Tells the devices that a quorum should not wait for, from when and how their uploads came.
 
-    A device cannot be reached as long as its last upload had to be sent more than once, by its own account of its link, or
+    A device cannot be reached as long as its last upload had to be sent more than once, by its own account, or
     nothing has come from it for more than `overdue` times what usually lies between two of its uploads (0: however long that
     is). A device that has not uploaded twice yet is waited for. `clock` gives seconds that never go back.
     """
@@ -29,20 +28,24 @@ class Reach:
         self._clock = clock
         self._devices: dict[str, _Uploads] = {}
 
-    def uploaded(self, device: str, failures: int | None) -> None:
-        """Note an upload, with the failed transfers of its link so far as the device counts them, if it does."""
+    def uploaded(self, device: str, failures: int) -> None:
+        """Note an upload, and how many of its tries failed before this one."""
         now = self._clock()
         before = self._devices.get(device)
         if before is None:
-            self._devices[device] = _Uploads(now, failures=failures or 0, failing=bool(failures))
+            self._devices[device] = _Uploads(now, failing=bool(failures))
             return
         apart = now - before.last
         usual = apart if before.usual_s is None else _KEPT * before.usual_s + (1 - _KEPT) * apart
-        counted = before.failures if failures is None else failures
-        self._devices[device] = _Uploads(now, usual, counted, counted > before.failures)
+        self._devices[device] = _Uploads(now, usual, bool(failures))
+
+    def resent(self, device: str) -> None:
+        """Note that an upload came once more: the answer to it had been lost."""
+        if device in self._devices:
+            self._devices[device].failing = True
 
     def forget(self, device: str) -> None:
-        """The device has joined anew: its times and counts begin again."""
+        """The device has joined anew: its times begin again."""
         self._devices.pop(device, None)
 
     def unreachable(self, devices: Collection[str]) -> set[str]:

@@ -1,7 +1,8 @@
 """What the federation server remembers with a version, in files beside the adapter, so that one started anew goes on from it.
 
 `server_state.safetensors` holds the server optimiser's moments, each tensor under STRATEGY/MOMENT/KEY, and `privacy.json` what
-each device has spent of its budget. Either is there only where there is something in it.
+each device has spent of its privacy, "inf" once a version without noise holds an update of it. Either is there only where
+there is something in it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from safetensors.numpy import save as save_tensors
 from sfl.adapters.state import AdapterKey
 from sfl.errors import AdapterError
 from sfl.fed_server.aggregation import Remembered
-from sfl.fed_server.strategies import Memory
-from sfl.fed_server.versions import VersionStore
+from sfl.fed_server.strategies import Memory, Strategy
+from sfl.fed_server.versions import Version, VersionStore
 from sfl.telemetry import log
 
 MOMENTS, SPENT = "server_state.safetensors", "privacy.json"
@@ -32,13 +33,24 @@ def files(remembered: Remembered, strategy: str) -> dict[str, bytes]:
             {f"{strategy}/{name}/{key}": value for name, state in moments for key, value in state.items()}
         )
     if remembered.spent:
-        found[SPENT] = json.dumps(dict(remembered.spent)).encode()
+        spent = {device: value if math.isfinite(value) else str(value) for device, value in remembered.spent.items()}
+        found[SPENT] = json.dumps(spent).encode()  # JSON has no infinity
     return found
 
 
-def load(store: VersionStore, version: int, strategy: str) -> Remembered:
-    """What was remembered with `version`; of moments only those of `strategy`. Raises `AdapterError` when a file is damaged."""
-    return Remembered(_load_moments(store, version, strategy), _load_spent(store, version))
+def load(store: VersionStore, newest: Version, strategy: Strategy) -> Remembered:
+    """What was remembered with `newest`; of moments only those of `strategy`.
+
+    Raises `AdapterError` when a file is damaged, or its moments are not of that version's tensors.
+    """
+    moments = _load_moments(store, newest.number, strategy.settings.name)
+    try:
+        strategy.check_memory(moments, newest.state)
+    except AdapterError as error:
+        raise AdapterError(
+            f"{MOMENTS} of version {newest.number} does not belong to it: {error}; delete that file to begin without moments"
+        ) from error
+    return Remembered(moments, _load_spent(store, newest.number))
 
 
 def _load_spent(store: VersionStore, version: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sfl.adapters.state import AdapterKey, AdapterState
+from sfl.errors import AdapterError, UpdateError
 
 Read = Callable[[Collection[AdapterKey] | None], AdapterState]
 
@@ -35,9 +36,12 @@ class Update:
         """delta theta_k, the sum of its submissions, float32; of the tensors named by `keys` alone, those that it has.
 
         A fresh dict of arrays that the caller may change. Parts that are not trained are absent: frozen factors, and A under
-        FFA. Raises `AdapterError` when the pool's files cannot be read.
+        FFA. Raises `UpdateError` when the pool's files cannot be read.
         """
-        return self.read(keys)
+        try:
+            return self.read(keys)
+        except AdapterError as error:
+            raise UpdateError(self.device, str(error)) from error
 
     def changed(self, change: Callable[[AdapterState], AdapterState]) -> Update:
         """The same update with `change` applied to its whole delta, anew at each reading."""

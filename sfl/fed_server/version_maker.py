@@ -49,6 +49,7 @@ class VersionMaker:
         self._metrics = metrics
         self._refuse = refuse
         self._told_too_few = False
+        self._told_no_quorum = False  # of this pool
 
     def view(self, version: int, rank: int) -> AdapterState:
         """A version as a device of `rank` gets it. Raises `AdapterError` for a version or a rank that is not there."""
@@ -64,16 +65,36 @@ class VersionMaker:
             return False
         unreachable = self._reach.unreachable(present) if self._reach is not None else set[str]()
         standing = Standing(pooled, present, self._roster.missing(), self._pool.waited_s(), unreachable)
-        return self._aggregation.strategy.due(standing) and not self._waits_for_more(standing) and self.make()
+        if not self._aggregation.strategy.due(standing):
+            self._tell_no_quorum(standing)
+            return False
+        return not self._waits_for_more(standing) and self.make()
+
+    def _tell_no_quorum(self, standing: Standing) -> None:
+        """Say once of a pool that it has waited longer than `round_timeout_s`, and for whom."""
+        if self._told_no_quorum or standing.waited_s < self._settings.strategy.round_timeout_s:
+            return
+        self._told_no_quorum = True
+        missing = sorted(standing.present.keys() - standing.pooled.keys())
+        self._metrics.write("no_quorum", waited_s=round(standing.waited_s, 1), missing=missing, yet_to_join=standing.missing)
+        log.warning(
+            "the updates of %s have waited %.0f s for others: nothing has come from %s, and %d devices have yet to join",
+            ", ".join(sorted(standing.pooled)),
+            standing.waited_s,
+            ", ".join(missing) or "nobody else",
+            standing.missing,
+        )
 
     def _waits_for_more(self, standing: Standing) -> bool:
-        """Whether the robust rule needs more updates than are pooled, and there are devices that could give them."""
+        """Whether the robust rule needs more updates than are pooled, there are devices that could give them, and it is not
+        longer than `round_timeout_s` that the pool has waited."""
         least = self._aggregation.least
         could = len(standing.pooled.keys() | standing.present.keys()) + standing.missing
         if len(standing.pooled) >= least:
             self._told_too_few = False
             return False
-        waits = self._settings.robust.too_few == "wait" and could >= least
+        in_time = standing.waited_s < self._settings.strategy.round_timeout_s
+        waits = self._settings.robust.too_few == "wait" and could >= least and in_time
         if not self._told_too_few:
             self._told_too_few = True
             outcome = "waiting for more" if waits else "these are refused, and so are others until more devices take part"
@@ -107,6 +128,7 @@ class VersionMaker:
         self._pool.remove(taken)
         self._aggregation.keep(done)
         self.made += 1
+        self._told_no_quorum = False
         self._tell(newest.number + 1, updates, done, time.perf_counter() - started)
         return True
 

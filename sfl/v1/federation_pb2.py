@@ -26,15 +26,15 @@ from sfl.v1 import split_pb2 as sfl_dot_v1_dot_split__pb2
 from sfl.v1 import tensor_pb2 as sfl_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sfl/v1/federation.proto\x12\x06sfl.v1\x1a\x12sfl/v1/split.proto\x1a\x13sfl/v1/tensor.proto\"\xf2\x01\n\x0bJoinRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x04role\x18\x02 \x01(\x0e\x32\x0c.sfl.v1.Role\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x1a\n\x04lora\x18\x06 \x01(\x0b\x32\x0c.sfl.v1.Lora\x12\x0b\n\x03\x63ut\x18\x07 \x01(\r\x12\x10\n\x08\x65xamples\x18\x08 \x01(\x04\x12\x0e\n\x06labels\x18\t \x03(\t\x12\x0f\n\x07\x63olumns\x18\n \x03(\t\x12\x12\n\nmax_length\x18\x0b \x01(\r\x12\x0c\n\x04rank\x18\x0c \x01(\r\"\x0b\n\tJoinReply\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xd1\x01\n\x05\x45vent\x12\"\n\x07waiting\x18\x01 \x01(\x0b\x32\x0f.sfl.v1.WaitingH\x00\x12&\n\tagreement\x18\x02 \x01(\x0b\x32\x11.sfl.v1.AgreementH\x00\x12&\n\tpublished\x18\x03 \x01(\x0b\x32\x11.sfl.v1.PublishedH\x00\x12$\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x10.sfl.v1.FinishedH\x00\x12&\n\theartbeat\x18\x05 \x01(\x0b\x32\x11.sfl.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"+\n\x07Waiting\x12\x0e\n\x06joined\x18\x01 \x01(\r\x12\x10\n\x08\x65xpected\x18\x02 \x01(\r\"f\n\tAgreement\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\x0f\n\x07\x63olumns\x18\x02 \x03(\t\x12\x12\n\nmax_length\x18\x03 \x01(\r\x12$\n\x06policy\x18\x04 \x01(\x0b\x32\x14.sfl.v1.UploadPolicy\"\x93\x02\n\x0cUploadPolicy\x12\x15\n\rkeep_progress\x18\x01 \x01(\x08\x12\x14\n\x0c\x66inal_upload\x18\x02 \x01(\x08\x12$\n\x08periodic\x18\x03 \x01(\x0b\x32\x10.sfl.v1.PeriodicH\x00\x12&\n\ttriggered\x18\x04 \x01(\x0b\x32\x11.sfl.v1.TriggeredH\x00\x12\x10\n\x08proximal\x18\x05 \x01(\x01\x12\x14\n\x0c\x66rozen_parts\x18\x06 \x03(\t\x12\x1b\n\x13shared_edge_adapter\x18\x07 \x01(\x08\x12\x17\n\x0f\x66resh_optimizer\x18\x08 \x01(\x08\x12\"\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\t \x01(\x0b\x32\x10.sfl.v1.FeedbackB\x06\n\x04rule\"8\n\x08Periodic\x12\x13\n\x0blocal_steps\x18\x01 \x01(\r\x12\x17\n\x0fround_timeout_s\x18\x02 \x01(\x01\"\xe3\x01\n\tTriggered\x12\r\n\x05\x61lpha\x18\x01 \x01(\x01\x12\x0c\n\x04\x62\x65ta\x18\x02 \x01(\x01\x12\x11\n\tmin_steps\x18\x03 \x01(\r\x12\x16\n\x0evalidate_every\x18\x04 \x01(\r\x12\x11\n\tthreshold\x18\x05 \x01(\x01\x12\x18\n\x10threshold_growth\x18\x06 \x01(\x01\x12\x17\n\x0fthreshold_decay\x18\x07 \x01(\x01\x12\x0e\n\x06metric\x18\x08 \x01(\t\x12\x11\n\tmax_steps\x18\t \x01(\r\x12%\n\x07network\x18\n \x01(\x0b\x32\x14.sfl.v1.NetworkSense\"?\n\x0cNetworkSense\x12\x0e\n\x06\x62udget\x18\x01 \x01(\x01\x12\x0e\n\x06lowest\x18\x02 \x01(\x01\x12\x0f\n\x07highest\x18\x03 \x01(\x01\"`\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x10\n\x08\x64\x65\x63rease\x18\x01 \x01(\x01\x12\x10\n\x08increase\x18\x02 \x01(\x01\x12\x0e\n\x06lowest\x18\x03 \x01(\x01\x12\x10\n\x08patience\x18\x04 \x01(\r\x12\x0e\n\x06margin\x18\x05 \x01(\x01\"\x1c\n\tPublished\x12\x0f\n\x07version\x18\x01 \x01(\r\"\x1b\n\x08\x46inished\x12\x0f\n\x07version\x18\x01 \x01(\r\"\xce\x01\n\x0e\x41\x64\x61pterMessage\x12*\n\x08proposal\x18\x01 \x01(\x0b\x32\x16.sfl.v1.ProposalHeaderH\x00\x12&\n\x06update\x18\x02 \x01(\x0b\x32\x14.sfl.v1.UpdateHeaderH\x00\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x15.sfl.v1.VersionHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x04 \x01(\x0cH\x00\x12%\n\x07tensors\x18\x05 \x03(\x0b\x32\x14.sfl.v1.TensorHeaderB\x06\n\x04\x62ody\"P\n\x0eProposalHeader\x12\x0c\n\x04\x65\x64ge\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\t\x12\x0c\n\x04head\x18\x03 \x03(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\" \n\x0cProposeReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"\x9c\x01\n\x0cUpdateHeader\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x1a\n\x04half\x18\x03 \x01(\x0e\x32\x0c.sfl.v1.Role\x12\x0f\n\x07version\x18\x04 \x01(\r\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x1a\n\x04link\x18\x07 \x01(\x0b\x32\x0c.sfl.v1.Link\"C\n\x04Link\x12\x13\n\x0b\x62ytes_per_s\x18\x01 \x01(\x01\x12\x14\n\x0cround_trip_s\x18\x02 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x03 \x01(\r\"\r\n\x0bSubmitReply\" \n\rVersionHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\"d\n\x0c\x46\x65tchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nlast_layer\x18\x04 \x01(\r\x12\x0c\n\x04rank\x18\x05 \x01(\r\"\x1c\n\x0cLeaveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0c\n\nLeaveReply*2\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\n\n\x06\x44\x45VICE\x10\x01\x12\x08\n\x04\x45\x44GE\x10\x02\x32\xcc\x02\n\nFederation\x12.\n\x04Join\x12\x13.sfl.v1.JoinRequest\x1a\x11.sfl.v1.JoinReply\x12.\n\x05Watch\x12\x14.sfl.v1.WatchRequest\x1a\r.sfl.v1.Event0\x01\x12\x39\n\x07Propose\x12\x16.sfl.v1.AdapterMessage\x1a\x14.sfl.v1.ProposeReply(\x01\x12\x37\n\x06Submit\x12\x16.sfl.v1.AdapterMessage\x1a\x13.sfl.v1.SubmitReply(\x01\x12\x37\n\x05\x46\x65tch\x12\x14.sfl.v1.FetchRequest\x1a\x16.sfl.v1.AdapterMessage0\x01\x12\x31\n\x05Leave\x12\x14.sfl.v1.LeaveRequest\x1a\x12.sfl.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sfl/v1/federation.proto\x12\x06sfl.v1\x1a\x12sfl/v1/split.proto\x1a\x13sfl/v1/tensor.proto\"\xf2\x01\n\x0bJoinRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x04role\x18\x02 \x01(\x0e\x32\x0c.sfl.v1.Role\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x1a\n\x04lora\x18\x06 \x01(\x0b\x32\x0c.sfl.v1.Lora\x12\x0b\n\x03\x63ut\x18\x07 \x01(\r\x12\x10\n\x08\x65xamples\x18\x08 \x01(\x04\x12\x0e\n\x06labels\x18\t \x03(\t\x12\x0f\n\x07\x63olumns\x18\n \x03(\t\x12\x12\n\nmax_length\x18\x0b \x01(\r\x12\x0c\n\x04rank\x18\x0c \x01(\r\"\x0b\n\tJoinReply\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xd1\x01\n\x05\x45vent\x12\"\n\x07waiting\x18\x01 \x01(\x0b\x32\x0f.sfl.v1.WaitingH\x00\x12&\n\tagreement\x18\x02 \x01(\x0b\x32\x11.sfl.v1.AgreementH\x00\x12&\n\tpublished\x18\x03 \x01(\x0b\x32\x11.sfl.v1.PublishedH\x00\x12$\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x10.sfl.v1.FinishedH\x00\x12&\n\theartbeat\x18\x05 \x01(\x0b\x32\x11.sfl.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"+\n\x07Waiting\x12\x0e\n\x06joined\x18\x01 \x01(\r\x12\x10\n\x08\x65xpected\x18\x02 \x01(\r\"f\n\tAgreement\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\x0f\n\x07\x63olumns\x18\x02 \x03(\t\x12\x12\n\nmax_length\x18\x03 \x01(\r\x12$\n\x06policy\x18\x04 \x01(\x0b\x32\x14.sfl.v1.UploadPolicy\"\xaf\x02\n\x0cUploadPolicy\x12\x15\n\rkeep_progress\x18\x01 \x01(\x08\x12\x14\n\x0c\x66inal_upload\x18\x02 \x01(\x08\x12$\n\x08periodic\x18\x03 \x01(\x0b\x32\x10.sfl.v1.PeriodicH\x00\x12&\n\ttriggered\x18\x04 \x01(\x0b\x32\x11.sfl.v1.TriggeredH\x00\x12\x10\n\x08proximal\x18\x05 \x01(\x01\x12\x14\n\x0c\x66rozen_parts\x18\x06 \x03(\t\x12\x1b\n\x13shared_edge_adapter\x18\x07 \x01(\x08\x12\x17\n\x0f\x66resh_optimizer\x18\x08 \x01(\x08\x12\"\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\t \x01(\x0b\x32\x10.sfl.v1.Feedback\x12\x1a\n\x12\x61\x64opt_after_upload\x18\n \x01(\x08\x42\x06\n\x04rule\"8\n\x08Periodic\x12\x13\n\x0blocal_steps\x18\x01 \x01(\r\x12\x17\n\x0fround_timeout_s\x18\x02 \x01(\x01\"\xe3\x01\n\tTriggered\x12\r\n\x05\x61lpha\x18\x01 \x01(\x01\x12\x0c\n\x04\x62\x65ta\x18\x02 \x01(\x01\x12\x11\n\tmin_steps\x18\x03 \x01(\r\x12\x16\n\x0evalidate_every\x18\x04 \x01(\r\x12\x11\n\tthreshold\x18\x05 \x01(\x01\x12\x18\n\x10threshold_growth\x18\x06 \x01(\x01\x12\x17\n\x0fthreshold_decay\x18\x07 \x01(\x01\x12\x0e\n\x06metric\x18\x08 \x01(\t\x12\x11\n\tmax_steps\x18\t \x01(\r\x12%\n\x07network\x18\n \x01(\x0b\x32\x14.sfl.v1.NetworkSense\"?\n\x0cNetworkSense\x12\x0e\n\x06\x62udget\x18\x01 \x01(\x01\x12\x0e\n\x06lowest\x18\x02 \x01(\x01\x12\x0f\n\x07highest\x18\x03 \x01(\x01\"`\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x10\n\x08\x64\x65\x63rease\x18\x01 \x01(\x01\x12\x10\n\x08increase\x18\x02 \x01(\x01\x12\x0e\n\x06lowest\x18\x03 \x01(\x01\x12\x10\n\x08patience\x18\x04 \x01(\r\x12\x0e\n\x06margin\x18\x05 \x01(\x01\"\x1c\n\tPublished\x12\x0f\n\x07version\x18\x01 \x01(\r\"\x1b\n\x08\x46inished\x12\x0f\n\x07version\x18\x01 \x01(\r\"\xce\x01\n\x0e\x41\x64\x61pterMessage\x12*\n\x08proposal\x18\x01 \x01(\x0b\x32\x16.sfl.v1.ProposalHeaderH\x00\x12&\n\x06update\x18\x02 \x01(\x0b\x32\x14.sfl.v1.UpdateHeaderH\x00\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x15.sfl.v1.VersionHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x04 \x01(\x0cH\x00\x12%\n\x07tensors\x18\x05 \x03(\x0b\x32\x14.sfl.v1.TensorHeaderB\x06\n\x04\x62ody\"P\n\x0eProposalHeader\x12\x0c\n\x04\x65\x64ge\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\t\x12\x0c\n\x04head\x18\x03 \x03(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\" \n\x0cProposeReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"\x9c\x01\n\x0cUpdateHeader\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x1a\n\x04half\x18\x03 \x01(\x0e\x32\x0c.sfl.v1.Role\x12\x0f\n\x07version\x18\x04 \x01(\r\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x1a\n\x04link\x18\x07 \x01(\x0b\x32\x0c.sfl.v1.Link\"C\n\x04Link\x12\x13\n\x0b\x62ytes_per_s\x18\x01 \x01(\x01\x12\x14\n\x0cround_trip_s\x18\x02 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x03 \x01(\r\"\r\n\x0bSubmitReply\" \n\rVersionHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\"d\n\x0c\x46\x65tchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nlast_layer\x18\x04 \x01(\r\x12\x0c\n\x04rank\x18\x05 \x01(\r\"\x1c\n\x0cLeaveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0c\n\nLeaveReply*2\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\n\n\x06\x44\x45VICE\x10\x01\x12\x08\n\x04\x45\x44GE\x10\x02\x32\xcc\x02\n\nFederation\x12.\n\x04Join\x12\x13.sfl.v1.JoinRequest\x1a\x11.sfl.v1.JoinReply\x12.\n\x05Watch\x12\x14.sfl.v1.WatchRequest\x1a\r.sfl.v1.Event0\x01\x12\x39\n\x07Propose\x12\x16.sfl.v1.AdapterMessage\x1a\x14.sfl.v1.ProposeReply(\x01\x12\x37\n\x06Submit\x12\x16.sfl.v1.AdapterMessage\x1a\x13.sfl.v1.SubmitReply(\x01\x12\x37\n\x05\x46\x65tch\x12\x14.sfl.v1.FetchRequest\x1a\x16.sfl.v1.AdapterMessage0\x01\x12\x31\n\x05Leave\x12\x14.sfl.v1.LeaveRequest\x1a\x12.sfl.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sfl.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2261
-  _globals['_ROLE']._serialized_end=2311
+  _globals['_ROLE']._serialized_start=2289
+  _globals['_ROLE']._serialized_end=2339
   _globals['_JOINREQUEST']._serialized_start=77
   _globals['_JOINREQUEST']._serialized_end=319
   _globals['_JOINREPLY']._serialized_start=321
@@ -48,39 +48,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGREEMENT']._serialized_start=621
   _globals['_AGREEMENT']._serialized_end=723
   _globals['_UPLOADPOLICY']._serialized_start=726
-  _globals['_UPLOADPOLICY']._serialized_end=1001
-  _globals['_PERIODIC']._serialized_start=1003
-  _globals['_PERIODIC']._serialized_end=1059
-  _globals['_TRIGGERED']._serialized_start=1062
-  _globals['_TRIGGERED']._serialized_end=1289
-  _globals['_NETWORKSENSE']._serialized_start=1291
-  _globals['_NETWORKSENSE']._serialized_end=1354
-  _globals['_FEEDBACK']._serialized_start=1356
-  _globals['_FEEDBACK']._serialized_end=1452
-  _globals['_PUBLISHED']._serialized_start=1454
-  _globals['_PUBLISHED']._serialized_end=1482
-  _globals['_FINISHED']._serialized_start=1484
-  _globals['_FINISHED']._serialized_end=1511
-  _globals['_ADAPTERMESSAGE']._serialized_start=1514
-  _globals['_ADAPTERMESSAGE']._serialized_end=1720
-  _globals['_PROPOSALHEADER']._serialized_start=1722
-  _globals['_PROPOSALHEADER']._serialized_end=1802
-  _globals['_PROPOSEREPLY']._serialized_start=1804
-  _globals['_PROPOSEREPLY']._serialized_end=1836
-  _globals['_UPDATEHEADER']._serialized_start=1839
-  _globals['_UPDATEHEADER']._serialized_end=1995
-  _globals['_LINK']._serialized_start=1997
-  _globals['_LINK']._serialized_end=2064
-  _globals['_SUBMITREPLY']._serialized_start=2066
-  _globals['_SUBMITREPLY']._serialized_end=2079
-  _globals['_VERSIONHEADER']._serialized_start=2081
-  _globals['_VERSIONHEADER']._serialized_end=2113
-  _globals['_FETCHREQUEST']._serialized_start=2115
-  _globals['_FETCHREQUEST']._serialized_end=2215
-  _globals['_LEAVEREQUEST']._serialized_start=2217
-  _globals['_LEAVEREQUEST']._serialized_end=2245
-  _globals['_LEAVEREPLY']._serialized_start=2247
-  _globals['_LEAVEREPLY']._serialized_end=2259
-  _globals['_FEDERATION']._serialized_start=2314
-  _globals['_FEDERATION']._serialized_end=2646
+  _globals['_UPLOADPOLICY']._serialized_end=1029
+  _globals['_PERIODIC']._serialized_start=1031
+  _globals['_PERIODIC']._serialized_end=1087
+  _globals['_TRIGGERED']._serialized_start=1090
+  _globals['_TRIGGERED']._serialized_end=1317
+  _globals['_NETWORKSENSE']._serialized_start=1319
+  _globals['_NETWORKSENSE']._serialized_end=1382
+  _globals['_FEEDBACK']._serialized_start=1384
+  _globals['_FEEDBACK']._serialized_end=1480
+  _globals['_PUBLISHED']._serialized_start=1482
+  _globals['_PUBLISHED']._serialized_end=1510
+  _globals['_FINISHED']._serialized_start=1512
+  _globals['_FINISHED']._serialized_end=1539
+  _globals['_ADAPTERMESSAGE']._serialized_start=1542
+  _globals['_ADAPTERMESSAGE']._serialized_end=1748
+  _globals['_PROPOSALHEADER']._serialized_start=1750
+  _globals['_PROPOSALHEADER']._serialized_end=1830
+  _globals['_PROPOSEREPLY']._serialized_start=1832
+  _globals['_PROPOSEREPLY']._serialized_end=1864
+  _globals['_UPDATEHEADER']._serialized_start=1867
+  _globals['_UPDATEHEADER']._serialized_end=2023
+  _globals['_LINK']._serialized_start=2025
+  _globals['_LINK']._serialized_end=2092
+  _globals['_SUBMITREPLY']._serialized_start=2094
+  _globals['_SUBMITREPLY']._serialized_end=2107
+  _globals['_VERSIONHEADER']._serialized_start=2109
+  _globals['_VERSIONHEADER']._serialized_end=2141
+  _globals['_FETCHREQUEST']._serialized_start=2143
+  _globals['_FETCHREQUEST']._serialized_end=2243
+  _globals['_LEAVEREQUEST']._serialized_start=2245
+  _globals['_LEAVEREQUEST']._serialized_end=2273
+  _globals['_LEAVEREPLY']._serialized_start=2275
+  _globals['_LEAVEREPLY']._serialized_end=2287
+  _globals['_FEDERATION']._serialized_start=2342
+  _globals['_FEDERATION']._serialized_end=2674
 # @@protoc_insertion_point(module_scope)

@@ -91,7 +91,7 @@ class Agreement(_message.Message):
     def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ...) -> None: ...
 
 class UploadPolicy(_message.Message):
-    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "feedback")
+    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "feedback", "adopt_after_upload")
     KEEP_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FINAL_UPLOAD_FIELD_NUMBER: _ClassVar[int]
     PERIODIC_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class UploadPolicy(_message.Message):
     SHARED_EDGE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     FEEDBACK_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_AFTER_UPLOAD_FIELD_NUMBER: _ClassVar[int]
     keep_progress: bool
     final_upload: bool
     periodic: Periodic
@@ -110,7 +111,8 @@ class UploadPolicy(_message.Message):
     shared_edge_adapter: bool
     fresh_optimizer: bool
     feedback: Feedback
-    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ..., feedback: _Optional[_Union[Feedback, _Mapping]] = ...) -> None: ...
+    adopt_after_upload: bool
+    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ..., feedback: _Optional[_Union[Feedback, _Mapping]] = ..., adopt_after_upload: _Optional[bool] = ...) -> None: ...
 
 class Periodic(_message.Message):
     __slots__ = ("local_steps", "round_timeout_s")

@@ -75,12 +75,14 @@ class FederationClient:
         return reply.accepted
 
     def submit(self, header: pb.UpdateHeader, state: AdapterState) -> None:
-        """Send one half of an update; sent again, it counts once."""
+        """Send one half of an update; sent again, it counts once. A device's says how many of its tries have failed."""
         message = pb.AdapterMessage(update=header)
         started, tries = time.monotonic(), 0
 
         def call() -> None:
             nonlocal tries
+            if tries and header.half == pb.DEVICE:
+                message.update.link.failures = tries
             tries += 1
             self._stub.Submit(self._frames(message, state), timeout=CALL_S)
 

@@ -38,11 +38,11 @@ def test_a_cell_has_mean_and_spread() -> None:
 
 def test_columns_that_no_run_has_are_left_out() -> None:
     plain = {"fedavg": {0: outcome()}}
-    attacked = {**plain, "worse": {0: outcome(backdoor=0.5, without_trigger=0.1, epsilon=3.0, refused=2)}}
+    attacked = {**plain, "worse": {0: outcome(backdoor=0.5, without_trigger=0.1, epsilon=3.0, refused=2, lost=1)}}
     shown = {column.name for column in columns(plain, (*QUALITY, *COST))}
     assert "backdoor" not in shown and "refused" not in shown and "accuracy" in shown
     more = {column.name for column in columns(attacked, (*QUALITY, *COST))}
-    assert more - shown == {"backdoor", "without_trigger", "epsilon", "refused"}
+    assert more - shown == {"backdoor", "without_trigger", "epsilon", "refused", "lost"}
 
 
 def test_text_markdown_and_json_say_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sfl.adapters import peft_format
 from sfl.adapters.state import AdapterState
 from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
-from sfl.errors import SettingsError
+from sfl.errors import SettingsError, SflError
 from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
 from sfl.simulated_time import Pace
 from sfl.simulation import Conditions, LoadedHalves, Simulated, simulate
@@ -173,3 +174,58 @@ def test_examples_and_updates_can_be_replaced(tmp_path: Path) -> None:
     run(tmp_path, "alike", settings, conditions=Conditions(splits=alike))
     assert losses_of(tmp_path / "plain" / "device-0")[:3] == losses_of(tmp_path / "alike" / "device-0")[:3]
     assert losses_of(tmp_path / "plain" / "device-1") != losses_of(tmp_path / "alike" / "device-1")
+
+
+def test_a_device_whose_update_is_refused_ends_alone(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+
+    def broken(header: UpdateHeader, state: AdapterState) -> AdapterState:
+        return {key: value * np.nan for key, value in state.items()} if header.device == "device-1" else state
+
+    found = run(tmp_path, "out", devices(tmp_path, model, [1, 2, 3]), conditions=Conditions(tamper=broken))
+    assert list(found.lost) == ["device-1"] and "not finite" in str(found.lost["device-1"])
+    assert found.federation.finished and found.federation.version == 3 and found.federation.refused == 1
+    took_part = [event["devices"] for event in events(tmp_path / "out" / "fed", "aggregate")]
+    assert [sorted(devices) for devices in took_part] == [["device-0", "device-2"]] * 3
+    waited = [later.simulated_s - sooner.simulated_s for sooner, later in pairwise(found.published)]
+    assert waited[0] > 60 > waited[1]  # until it was away, and no more
+    assert [len(losses_of(tmp_path / "out" / f"device-{number}")) for number in range(3)] == [9, 3, 9]
+
+
+def test_a_device_whose_loss_is_not_finite_ends_alone_and_the_last_one_with_the_run(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    settings = devices(tmp_path, model, [1, 2])
+    wild = settings[0].model_copy(update={"optimizer": OptimizerSettings(name="sgd", learning_rate=1e30)})
+    found = run(tmp_path, "one", [wild, settings[1]], "gsfs")
+    assert list(found.lost) == ["device-0"] and found.federation.finished
+    assert len(losses_of(tmp_path / "one" / "device-1")) == 9
+    with pytest.raises(SflError, match=r"not finite|is nan|is inf"):
+        run(tmp_path, "all", [wild], "gsfs")
+
+
+def test_fedbuff_wastes_no_step_however_unequal_the_paces(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    paces = {"device-0": Pace(0.1), "device-1": Pace(0.35)}
+    chosen = StrategySettings(name="fedbuff", local_steps=3, buffer=1)
+    settings = devices(tmp_path, model, [1, 2])
+    simulate(FedSettings(devices=2, strategy=chosen), settings, tmp_path / "out", conditions=Conditions(paces))
+    adopted = {name: events(tmp_path / "out" / name, "adopt") for name in paces}
+    assert all(event["dropped_steps"] == 0 and event["step"] % 3 == 0 for found in adopted.values() for event in found)
+    assert len(adopted["device-1"]) == 2
+    made = events(tmp_path / "out" / "fed", "aggregate")
+    assert sum(sum(event["steps"].values()) for event in made) == 18
+    assert max(max(event["lags"].values()) for event in made) > 0
+
+
+def test_local_validations_take_a_third_of_a_step_a_batch_and_the_last_test_nothing(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "bert")
+    settings = devices(tmp_path, model, [2])
+    took = {}
+    for every in (0, 3):
+        chosen = StrategySettings(name="gsfs", min_steps=9, validate_every=every, quorum=1.0)
+        out = tmp_path / str(every)
+        took[every] = simulate(FedSettings(devices=1, strategy=chosen), settings, out).published[-1].simulated_s
+    looks = [event for event in events(tmp_path / "3" / "device-0", "eval") if event["split"] == "validation"]
+    batches = sum(-(-event["count"] // 4) for event in looks)
+    assert batches and took[0] == pytest.approx(0.9)
+    assert took[3] == pytest.approx(0.9 + batches * 0.1 / 3)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState
 from sfl.errors import AdapterError, SettingsError
 from sfl.fed_server.aggregation import Aggregation
-from sfl.fed_server.merges import MERGES
+from sfl.fed_server.merges import MERGES, make_merge
 from sfl.fed_server.robust import Combining, make_robust
 from sfl.federation_settings import COMBINING, LINEAR, NOT_ADDITIVE, RobustSettings
 from sfl.settings import FedSettings
+from tests.fed_server import updates as made
 from tests.fed_server.made import adapter, same, update
 
 
@@ -50,10 +51,20 @@ def test_one_update_counts_whole_and_the_newest_is_not_changed_in_place() -> Non
     assert same(state, adapter(0))
 
 
+def is_weighted_sum(name: str) -> bool:
+    merge, weights = make_merge(name), {"device-0": 0.5, "device-1": 0.2}
+    newest = merge.view(made.state(1), made.RANK, "version 10")
+    updates = made.pool(merge, newest, [made.RANK, made.RANK])
+    merged, expected = merge.merge(newest, updates, weights), dict(newest)
+    for one in updates:
+        expected |= {key: expected[key] + weights[one.device] * value for key, value in one.delta().items()}
+    return merged.keys() == expected.keys() and all(np.allclose(merged[key], expected[key], atol=1e-5) for key in merged)
+
+
 def test_the_settings_know_what_kind_of_merge_and_rule_each_is() -> None:
     """They cannot import the federation server, so they have lists of their own."""
     assert {name for name, merge in MERGES.items() if not merge.additive} == set(NOT_ADDITIVE)
-    assert {name for name, merge in MERGES.items() if merge.linear} == set(LINEAR)
+    assert {name for name in MERGES if is_weighted_sum(name)} == set(LINEAR)
     rules = RobustSettings.model_fields["rule"].annotation.__args__  # type: ignore[union-attr]
     found = {rule for rule in rules if isinstance(make_robust(RobustSettings(rule=rule)), Combining)}
     assert found == set(COMBINING)
@@ -76,6 +87,24 @@ def test_trained_parts_have_the_shapes_of_their_rank() -> None:
     assert trained.keys() == adapter(0).keys()
     assert trained[AdapterKey(0, "q", "A")].shape == (1, 3) and trained[AdapterKey(0, "q", "B")].shape == (5, 1)
     assert trained[AdapterKey(HEAD, "score", "weight")].shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"merge": "flora"}, {"merge": "hetlora"}, {"robust": {"rule": "median"}}, {"robust": {"rule": "multi-krum"}},
+     {"robust": {"rule": "norm-clip"}}, {"privacy": {"clip": 0.5}}, {"strategy": {"name": "splitlora"}}],
+    ids=str,
+)  # fmt: skip
+def test_one_update_that_cannot_be_used_takes_no_other_with_it(changes: dict[str, Any]) -> None:
+    def unreadable(keys: object) -> AdapterState:
+        raise AdapterError("the file is damaged")
+
+    one = aggregation(**changes)
+    others = [update(name, seed, rank=2, base=lambda: one.view(adapter(0), 0, 2)) for seed, name in enumerate("abcdef", start=1)]
+    bad = [update("bad", read=unreadable), update("worse", read=unreadable)]
+    done, without = one.aggregate(adapter(0), [*bad, *others], 8), one.aggregate(adapter(0), others, 8)
+    assert same(done.state, without.state) and done.weights == without.weights
+    assert done.rejected == without.rejected | {"bad": "the file is damaged", "worse": "the file is damaged"}
 
 
 # Robust rules

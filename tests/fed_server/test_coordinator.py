@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +16,10 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
 from sfl.errors import AdapterError, RefusedError, SettingsError
+from sfl.fed_server import server_state
+from sfl.fed_server.aggregation import Remembered
 from sfl.fed_server.members import UnknownMemberError
-from sfl.fed_server.merges.average import Average
+from sfl.fed_server.strategies import Memory
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import (
     LAYERS,
@@ -285,6 +288,26 @@ def test_a_duplicate_stays_one_after_its_aggregation(tmp_path: Path) -> None:
     assert (fed.version, fed.submissions) == (1, 1)
 
 
+def test_a_submission_that_comes_again_is_told_apart_and_counts_once(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics)
+    submit(fed, "a", adapter(1))
+    assert not told(tmp_path, "duplicate")
+    submit(fed, "a", adapter(1))
+    found = [(event["device"], event["submission"], event["half"]) for event in told(tmp_path, "duplicate")]
+    assert found == [("a", "1", "device"), ("a", "1", "edge")] and fed.submissions == 1
+
+
+def test_the_link_of_each_upload_is_told(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a")], metrics=metrics)
+    fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
+    link = {"bytes_per_s": 1e5, "round_trip_s": 0.2, "failures": 1}
+    fed.submit(half("device", "a", **link), device_half(adapter(1), 1))
+    (event,) = told(tmp_path, "upload")
+    assert (event["device"], event["submission"], event["version"]) == ("a", "1", 0) and event.items() >= link.items()
+
+
 def test_successive_submissions_add_up_and_are_one_device_to_the_quorum(tmp_path: Path) -> None:
     fed = started(tmp_path, [device("a"), device("b")], strategy={"quorum": 1.0, "weights": "frequency"})
     submit(fed, "a", adapter(1), "1")
@@ -409,7 +432,7 @@ def test_an_aggregation_tells_what_its_updates_were_made_of(tmp_path: Path) -> N
     assert (event["steps"], event["trained_on"]) == ({"a": 7, "b": 5}, {"a": 56, "b": 40})
 
 
-def test_what_can_never_be_aggregated_is_refused_and_nobody_waits_for_it(tmp_path: Path) -> None:
+def test_an_update_that_can_never_be_aggregated_is_refused_and_takes_no_other_with_it(tmp_path: Path) -> None:
     metrics = MetricsWriter(tmp_path / "metrics.jsonl")
     pool = tmp_path / "pool"
     fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics, pool=pool)
@@ -417,12 +440,18 @@ def test_what_can_never_be_aggregated_is_refused_and_nobody_waits_for_it(tmp_pat
     fed.submit(half("device", "a"), device_half(adapter(1), 1))
     next(pool.glob("*-device.safetensors")).write_bytes(b"the disk is failing")
     fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
-    assert fed.version == 1 and same(fed.fetch("a", 1), adapter(0)), "unchanged, but there, as devices may be waiting for it"
-    assert fed.refused == 2 and {event["device"] for event in told(tmp_path, "refused")} == {"a", "b"}
+    half_of_b = {key: value + 0.5 * adapter(2)[key] for key, value in adapter(0).items()}
+    assert fed.version == 1 and all(np.allclose(value, half_of_b[key]) for key, value in fed.fetch("a", 1).items())
+    (event,) = told(tmp_path, "refused")
+    assert fed.refused == 1 and event["device"] == "a" and "cannot be read" in event["reason"]
     assert not list(pool.iterdir())
-    for name in "ab":
-        submit(fed, name, adapter(1), "2", version=1)
-    assert fed.version == 2 and fed.refused == 2
+    fed.submit(half("device", "a", "2", 1), device_half(adapter(1), 1))
+    next(pool.glob("*-device.safetensors")).write_bytes(b"the disk is failing")
+    fed.leave("b")
+    fed.submit(half("edge", "a", "2", 1), edge_half(adapter(1), 1))
+    assert fed.version == 2 and same(fed.fetch("a", 2), fed.fetch("a", 1)), "unchanged, but there: devices may wait for it"
+    submit(fed, "a", adapter(1), "3", version=2)
+    assert fed.version == 3 and fed.refused == 2
 
 
 def test_a_full_disk_is_an_error_that_the_sender_may_try_again_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,6 +480,7 @@ def poisoned(value: float) -> AdapterState:
             "0/q/A of an update of device 'a' .cut 1. holds values that are not finite",
         ),
         (half("device", "a"), poisoned(float("inf")), "not finite"),
+        (half("device", "a"), poisoned(-1.1e6), "0/q/A of an update of device 'a' .cut 1. holds values above 1e.06"),
         (half("device", "a"), {}, "0/q/A is missing"),
         (half("device", "a"), OTHER_RANK, "has shape"),
         (half("device", "a", version=5), device_half(adapter(1), 1), "version 5, but the newest is 0"),
@@ -521,13 +551,25 @@ def test_a_rank_above_that_of_the_settings_is_refused(tmp_path: Path) -> None:
         fed.join(device("a", rank=3))
 
 
-def test_what_needs_one_rank_refuses_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_one_rank_refuses_others(tmp_path: Path) -> None:
     shared = federation(tmp_path, 2, strategy={"name": "splitlora"})
     shared.join(device("a", rank=2))
-    monkeypatch.setattr(Average, "any_rank", False)
-    for fed in (shared, federation(tmp_path, 2)):
-        with pytest.raises(RefusedError, match=r"has rank 1 and the others 2.* strategy or merge needs one rank"):
-            fed.join(device("c", rank=1))
+    with pytest.raises(RefusedError, match=r"has rank 1 and the others 2.* strategy needs one rank"):
+        shared.join(device("c", rank=1))
+
+
+def test_an_adapter_that_all_devices_share_at_the_edge_has_one_edge_server(tmp_path: Path) -> None:
+    clock = Clock()
+    shared, any_number = federation(tmp_path, 2, clock, strategy={"name": "splitlora"}), federation(tmp_path, 2, clock)
+    for fed in (shared, any_number):
+        fed.join(edge("first"))
+        fed.join(edge("first"))
+        fed.join(device("a"))
+    any_number.join(edge("second"))
+    with pytest.raises(RefusedError, match=r"'second' cannot join: edge server 'first' is there.* one adapter at the edge"):
+        shared.join(edge("second"))
+    clock.now += 61
+    shared.join(edge("second"))
 
 
 def test_a_device_that_comes_back_with_another_rank_leaves_its_halves_behind(tmp_path: Path) -> None:
@@ -606,6 +648,23 @@ def test_a_robust_rule_waits_for_the_updates_that_it_needs_while_they_can_come(
     assert [event["device"] for event in told(tmp_path, "refused")] == ["a"] and not fed.finished
 
 
+def test_a_robust_rule_does_not_wait_for_ever(tmp_path: Path) -> None:
+    clock, metrics = Clock(), MetricsWriter(tmp_path / "metrics.jsonl")
+    robust, strategy = {"rule": "median", "attackers": 1}, {"quorum": 0.3, "round_timeout_s": 30}
+    members = [device(name) for name in "abc"]
+    fed = started(tmp_path / "adapters", members, clock, strategy=strategy, robust=robust, metrics=metrics)
+    for version in range(2):
+        submit(fed, "a", adapter(1), str(version), version)
+        clock.now += 29
+        fed.tick()
+        assert fed.version == version
+        clock.now += 2
+        fed.tick()
+        assert fed.version == version + 1 and same(fed.fetch("a", version + 1), adapter(0))
+    assert [event["device"] for event in told(tmp_path, "refused")] == ["a", "a"]
+    assert "median needs 3 updates" in told(tmp_path, "refused")[0]["reason"]
+
+
 def test_a_robust_rule_may_be_told_not_to_wait(tmp_path: Path) -> None:
     robust = {"rule": "median", "attackers": 1, "too_few": "refuse"}
     fed = started(tmp_path, [device(name) for name in "abc"], strategy={"quorum": 0.3}, robust=robust)
@@ -652,6 +711,22 @@ def test_moments_of_another_strategy_are_not_taken_up(tmp_path: Path, caplog: py
     assert fed.version == 2
 
 
+@pytest.mark.parametrize(
+    ("moments", "reason"),
+    [
+        ({"m": adapter(0)}, "the moments m, expected m, v"),
+        ({"m": adapter(0), "v": device_half(adapter(0), 2)}, "2/q/A is missing"),
+        ({"m": adapter(0), "v": adapter(0) | {AdapterKey(0, "q", "A"): np.ones((3, 3), "f4")}}, r"0/q/A has shape \(3, 3\)"),
+    ],
+)
+def test_moments_that_do_not_fit_their_version_stop_the_start(tmp_path: Path, moments: Memory, reason: str) -> None:
+    submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
+    (content,) = server_state.files(Remembered(moments), "fedadam").values()
+    (tmp_path / "v1" / server_state.MOMENTS).write_bytes(content)
+    with pytest.raises(AdapterError, match=f"server_state.safetensors of version 1 does not belong to it: .*{reason}.*delete"):
+        federation(tmp_path, 1, strategy={"name": "fedadam"})
+
+
 @pytest.mark.parametrize("name", ["server_state.safetensors", "privacy.json"])
 def test_a_damaged_memory_stops_the_start(tmp_path: Path, name: str) -> None:
     submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
@@ -683,7 +758,51 @@ def test_spent_privacy_outlives_a_restart(tmp_path: Path) -> None:
     assert second.epsilons() == first.epsilons() and first.epsilons()["a"] > 0
 
 
+def test_a_version_without_noise_has_spent_all_privacy_of_those_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 0.5})
+    submit(fed, "a", adapter(1))
+    assert fed.epsilons() == {}, "nothing is promised"
+    privacy, metrics = {"clip": 1.0, "noise": 3.0, "epsilon": 8.0}, MetricsWriter(tmp_path / "metrics.jsonl")
+    again = federation(tmp_path / "adapters", 2, strategy={"quorum": 0.5}, privacy=privacy, metrics=metrics)
+    for member in (device("a"), device("b"), edge()):
+        again.join(member)
+    assert again.epsilons() == {"a": math.inf}
+    submit(again, "a", adapter(1), "2", version=1)
+    (event,) = told(tmp_path, "refused")
+    assert event["device"] == "a" and "epsilon is inf and one more version" in event["reason"]
+    submit(again, "b", adapter(1), "2", version=1)
+    assert again.epsilons()["a"] == math.inf and 0 < again.epsilons()["b"] < 8
+    third = federation(tmp_path / "adapters", 2, privacy={"clip": 1.0, "noise": 3.0})
+    assert third.epsilons() == again.epsilons(), "an infinite account is kept on disk, too"
+
+
 # Presence
+
+
+def test_a_quorum_that_is_not_formed_is_told_once_with_who_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock, metrics = Clock(), MetricsWriter(tmp_path / "metrics.jsonl")
+    strategy = {"quorum": 1.0, "round_timeout_s": 30}
+    fed = started(tmp_path / "adapters", [device(name) for name in "abc"], clock, strategy=strategy, metrics=metrics)
+    submit(fed, "b", adapter(1))
+    clock.now += 29
+    fed.tick()
+    assert not told(tmp_path, "no_quorum")
+    for _ in range(3):
+        clock.now += 2
+        fed.tick()
+    (event,) = told(tmp_path, "no_quorum")
+    assert (event["waited_s"], event["missing"], event["yet_to_join"]) == (31, ["a", "c"], 0)
+    assert caplog.text.count("the updates of b have waited 31 s for others: nothing has come from a, c") == 1
+    for name in "ac":
+        submit(fed, name, adapter(1))
+    assert fed.version == 1
+    clock.now += 100
+    submit(fed, "a", adapter(1), "2", 1)
+    assert len(told(tmp_path, "no_quorum")) == 1, "a new pool waits anew"
+    clock.now += 31
+    fed.tick()
+    assert [event["missing"] for event in told(tmp_path, "no_quorum")] == [["a", "c"], ["b", "c"]]
 
 
 def test_the_quorum_forms_without_a_device_that_died(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def test_a_file_says_whose_half_it_is(tmp_path: Path) -> None:
     assert about == {"device": "../a b", "submission": "s/1", "half": "device", "version": "3", "examples": "80"} | {
         "steps": "10",
         "failures": "2",
+        "bytes_per_s": "None",
+        "round_trip_s": "None",
         "rank": "2",
         "cut": "1",
     }

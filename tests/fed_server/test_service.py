@@ -24,6 +24,7 @@ from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
 from sfl.errors import RefusedError
 from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.pool import Half
 from sfl.fed_server.service import FederationService
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2 as pb
@@ -186,6 +187,46 @@ def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pyt
         edge.propose(PROPOSAL, adapter(0))
         a.submit(update("a", pb.DEVICE), device_half(adapter(1), 1))
         assert len(tries) == 2
+
+
+def test_each_upload_says_how_many_of_its_own_tries_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = federation(tmp_path / "adapters", 2, metrics=metrics, strategy={"quorum": 1.0, "reach": True})
+    failing = [True]
+    take = fed.submit
+
+    def submit(half: Half, state: AdapterState) -> None:
+        if half.device == "b" and half.half == "device" and failing:
+            failing.pop()
+            raise AdapterWriteError("not now")
+        take(half, state)
+
+    monkeypatch.setattr(fed, "submit", submit)
+    with serving(fed) as (address, _), clients(address, "edge", "a", "b") as (edge, a, b):
+        for client, name in ((a, "a"), (b, "b")):
+            client.join(join_request(name))
+        edge.join(join_request("edge", pb.EDGE))
+        edge.agreement(10)
+        edge.propose(PROPOSAL, adapter(0))
+
+        def upload(client: FederationClient, name: str, submission: str, version: int) -> None:
+            edge.submit(update(name, pb.EDGE, version, submission), edge_half(adapter(1), 1))
+            client.submit(update(name, pb.DEVICE, version, submission), device_half(adapter(1), 1))
+
+        upload(a, "a", "1", 0)
+        upload(b, "b", "1", 0)
+        assert fed.version == 1
+        upload(a, "a", "2", 1)
+        assert fed.version == 2, "b's last upload had to be sent again, so the quorum does not wait for b"
+        upload(b, "b", "2", 1)
+        assert fed.version == 2
+        upload(a, "a", "3", 2)
+        assert fed.version == 3
+        upload(a, "a", "4", 3)
+        assert fed.version == 3, "b's last upload went through at once"
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    failures = [(event["device"], event["failures"]) for event in events if event["event"] == "upload"]
+    assert failures == [("a", 0), ("b", 1), ("a", 0), ("b", 0), ("a", 0), ("a", 0)]
 
 
 def test_what_is_refused_on_arrival_is_counted_with_its_device(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_each_strategy_has_its_own_defaults_which_can_be_set(name: str, own: dic
         ({"strategy": {"name": "fedbuff", "weights": "share"}}, ["fedbuff weighs by equal", "strategy.weights 'share'"]),
         ({"strategy": {"name": "fedadam", "weights": "share"}}, ["fedadam weighs by examples"]),
         ({"strategy": {"name": "fedavg", "network": True}}, ["strategy.network", "strategy.name is fedavg"]),
+        ({"strategy": {"name": "fedavg", "reach": True}}, ["strategy.reach", "strategy.name is fedavg"]),
         ({"strategy": {"name": "fedbuff", "feedback": True}}, ["strategy.feedback", "fedbuff"]),
         ({"strategy": {"feedback": True, "validate_every": 0}}, ["strategy.feedback", "strategy.validate_every"]),
         ({"strategy": {"max_steps": 5, "min_steps": 6}}, ["strategy.max_steps 5", "strategy.min_steps 6"]),
@@ -51,6 +52,7 @@ def test_each_strategy_has_its_own_defaults_which_can_be_set(name: str, own: dic
         ({"merge": "flora", "robust": {"rule": "bulyan"}}, ["merge flora", "robust.rule bulyan"]),
         ({"merge": "hetlora", "privacy": {"clip": 1}}, ["privacy.clip", "merge hetlora"]),
         ({"robust": {"rule": "krum"}, "privacy": {"clip": 1}}, ["robust.rule krum", "privacy.clip"]),
+        ({"robust": {"rule": "norm-clip"}, "privacy": {"clip": 1}}, ["robust.rule norm-clip", "privacy.clip", "robust.norm"]),
         ({"privacy": {"noise": 1}}, ["privacy.noise", "privacy.clip"]),
         ({"privacy": {"clip": 1, "epsilon": 3}}, ["privacy.epsilon", "privacy.noise"]),
         ({"strategy": {"name": "splitlora"}, "merge": "flora"}, ["splitlora", "merge flora"]),
@@ -104,7 +106,7 @@ def test_what_goes_together_is_taken() -> None:
     fed(merge="ffa", privacy={"clip": 1, "noise": 1, "epsilon": 8}, robust={"rule": "norm-clip", "norm": 1})
     fed(merge="flora", robust={"rule": "multi-krum", "attackers": 2})
     fed(strategy={"name": "fedadam"}, merge="hetlora")
-    fed(strategy={"network": True, "feedback": True, "max_steps": 50, "quorum_of": "examples"})
+    fed(strategy={"network": True, "reach": True, "feedback": True, "max_steps": 50, "quorum_of": "examples"})
 
 
 def test_all_of_it_survives_being_written_as_a_file(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ At an aggregation, after clipping, robust rule and the strategy's weights:
     merge = make_merge(settings.merge)
     merged = merge.merge(newest.state, updates, weights)   # then noise, then the strategy's optimiser
 
-and for a device of rank r that fetches version n, or whose update stems from it: `merge.view(state_n, r, str(n))`.
+and for a device of rank r that fetches version n, or whose update stems from it: `merge.view(state_n, r, f"version {n}")`.
 
 `average` and `hetlora` add factors; `ffa`, `fedex` and `flora` give the mean of the products exactly, `flexlora` its best
 approximation. What counts of an update is its progress: how it changed the factors, or their product, that its device had

@@ -17,8 +17,6 @@ class Average(Merge):
 
     name = "average"
     additive = True
-    linear = True
-    any_rank = True
 
     def merge(self, state: AdapterState, updates: Sequence[Update], weights: Mapping[str, float]) -> AdapterState:
         return self.averaged(state, updates, weights)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
-from sfl.errors import AdapterError
+from sfl.errors import AdapterError, UpdateError
 from sfl.fed_server.updates import Update
 
 Place = tuple[int, str]  # block index and module inside the block
@@ -29,8 +29,6 @@ class Merge(ABC):
     name: ClassVar[str]
     frozen_parts: ClassVar[tuple[str, ...]] = ()  # factors that devices do not train and updates do not hold
     additive: ClassVar[bool]  # whether progress in factors can be added to the factors of any later version
-    linear: ClassVar[bool]  # whether the result is the state plus sum w_k delta_k, with weights in which no values have a say
-    any_rank: ClassVar[bool]  # whether devices of different ranks may take part
     fresh_optimizer: ClassVar[bool] = False  # whether devices begin each version with new moments
 
     def view(self, state: AdapterState, rank: int, seed_text: str = "") -> AdapterState:
@@ -47,8 +45,8 @@ class Merge(ABC):
         """The next state from `state`, the newest, and `updates` with their weights, by device. Changes nothing in place.
 
         The weights are positive or zero, with a sum of at most 1. The result is the same, to the bit, in whatever order the
-        updates are given. Raises `AdapterError` for weights that are no shares of one, and naming the device whose update has
-        other tensors than it should.
+        updates are given. Raises `AdapterError` for weights that are no shares of one, and `UpdateError` for an update that
+        cannot be read or has other tensors than it should.
         """
 
     def averaged(
@@ -81,16 +79,14 @@ class Merge(ABC):
         return sorted(key for key in state if key.layer == HEAD or key.part not in frozen)
 
     def delta(self, state: AdapterState, update: Update, keys: Collection[AdapterKey]) -> AdapterState:
-        """The tensors `keys` of an update. Raises `AdapterError` when one is missing or has another shape than its rank says."""
+        """The tensors `keys` of an update. Raises `UpdateError` when one is missing or has another shape than its rank says."""
         delta = update.delta(keys)
         for key in keys:
             expected = state[key][trained_part(key, update.rank)].shape
             if key not in delta or delta[key].shape != expected:
                 found = f"has shape {delta[key].shape}" if key in delta else "is missing"
-                raise AdapterError(
-                    f"adapter tensor {key} {found} in the update of device '{update.device}', expected {expected} at rank"
-                    f" {update.rank}"
-                )
+                reason = f"adapter tensor {key} {found} in the update of device '{update.device}', expected {expected} at rank"
+                raise UpdateError(update.device, f"{reason} {update.rank}")
         return delta
 
 
@@ -101,10 +97,13 @@ class Bases:
         self._read: dict[tuple[int, int], AdapterState] = {}
 
     def of(self, update: Update) -> AdapterState:
-        """The view of `update.version` that a device of its rank had."""
+        """The view of `update.version` that a device of its rank had. Raises `UpdateError` when it cannot be read any more."""
         key = (update.version, update.rank)
         if key not in self._read:
-            self._read[key] = update.base()
+            try:
+                self._read[key] = update.base()
+            except AdapterError as error:
+                raise UpdateError(update.device, str(error)) from error
         return self._read[key]
 
 

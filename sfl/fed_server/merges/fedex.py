@@ -27,8 +27,6 @@ class FedEx(Merge):
 
     name = "fedex"
     additive = True
-    linear = False
-    any_rank = True
 
     def merge(self, state: AdapterState, updates: Sequence[Update], weights: Mapping[str, float]) -> AdapterState:
         result = self.averaged(state, updates, weights)

@@ -28,8 +28,6 @@ class FlexLora(Merge):
 
     name = "flexlora"
     additive = False
-    linear = False
-    any_rank = True
     printed = False
 
     def view(self, state: AdapterState, rank: int, seed_text: str = "") -> AdapterState:

@@ -25,8 +25,6 @@ class Flora(Merge):
 
     name = "flora"
     additive = False
-    linear = False
-    any_rank = True
     fresh_optimizer = True
 
     def view(self, state: AdapterState, rank: int, seed_text: str = "") -> AdapterState:

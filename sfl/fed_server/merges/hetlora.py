@@ -21,8 +21,6 @@ class HetLora(Merge):
 
     name = "hetlora"
     additive = True
-    linear = False  # the norms are those of the updates' values
-    any_rank = True
 
     def merge(self, state: AdapterState, updates: Sequence[Update], weights: Mapping[str, float]) -> AdapterState:
         check_weights(updates, weights)

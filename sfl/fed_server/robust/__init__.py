@@ -8,19 +8,19 @@ At an aggregation, after privacy's clipping and the strategy's weights, and befo
     elif isinstance(robust, Combining):                     # median, trimmed-mean, bulyan
         delta = robust.combine(updates, weights)            # to be merged as one update with the weight of all
 
-A pool of fewer than `required(rule, attackers)` updates is refused with `TooFewUpdatesError`. The rules work on factors and
-head as they are submitted, so a combining rule goes with merges that add factors.
+A rule is not to be asked about fewer than `required(rule, attackers)` updates: the aggregation refuses such a pool. The rules
+work on factors and head as they are submitted, so a combining rule goes with merges that add factors.
 """
 
 from __future__ import annotations
 
-from sfl.fed_server.robust.base import Combining, Robust, Screened, Screening, TooFewUpdatesError, required
+from sfl.fed_server.robust.base import Combining, Robust, Screened, Screening, required
 from sfl.fed_server.robust.coordinates import Bulyan, Median, TrimmedMean
 from sfl.fed_server.robust.krum import Krum, MultiKrum
 from sfl.fed_server.robust.norms import NormClip
 from sfl.federation_settings import RobustSettings
 
-__all__ = ["Combining", "Robust", "Screened", "Screening", "TooFewUpdatesError", "make_robust", "required"]
+__all__ = ["Combining", "Robust", "Screened", "Screening", "make_robust", "required"]
 
 _RULES: dict[str, type[Robust]] = {rule.name: rule for rule in (Krum, MultiKrum, Bulyan, Median, TrimmedMean)}
 

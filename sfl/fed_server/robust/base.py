@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from sfl.adapters.state import AdapterState
-from sfl.errors import AdapterError, SettingsError
+from sfl.errors import SettingsError
 from sfl.fed_server.updates import Update
 
 # Least number n of updates for f attackers, as a f + b: the conditions of the papers that the rules' classes name.
@@ -22,10 +22,6 @@ _REQUIRED = {
 }
 
 
-class TooFewUpdatesError(AdapterError):
-    """A pool is too small for the attackers that a robust rule is to bear."""
-
-
 @dataclass(frozen=True)
 class Screened:
     """What a rule leaves of a pool. The weights have the same sum as before."""
@@ -37,27 +33,14 @@ class Screened:
 
 
 class Robust(ABC):
-    """A rule that bears `attackers` devices whose updates may be anything. What devices say of themselves, such as
-    their numbers of examples and so their weights, has no say in whom or what it believes."""
+    """A rule that bears `attackers` devices whose updates may be anything, among at least `required` ones: with fewer it is not
+    to be asked. What devices say of themselves, such as their numbers of examples and so their weights, has no say in whom or
+    what it believes."""
 
     name: ClassVar[str]
 
     def __init__(self, attackers: int) -> None:
         self.attackers = attackers
-
-    @property
-    def independent(self) -> bool:
-        """Whether what becomes of an update depends on that update alone; only then are clipped updates still private."""
-        return False
-
-    def check(self, updates: Sequence[Update]) -> None:
-        """Raise `TooFewUpdatesError` when there are too few."""
-        least = required(self.name, self.attackers)
-        if len(updates) < least:
-            raise TooFewUpdatesError(
-                f"robust rule {self.name} needs {least} updates to bear {self.attackers} attackers, and there are {len(updates)}:"
-                " wait for more devices, or lower robust.attackers"
-            )
 
 
 class Screening(Robust):
@@ -65,7 +48,7 @@ class Screening(Robust):
 
     @abstractmethod
     def screen(self, updates: Sequence[Update], weights: Mapping[str, float]) -> Screened:
-        """The updates to go on with, sorted by device, and their weights. Raises `TooFewUpdatesError`."""
+        """The updates to go on with, sorted by device, and their weights."""
 
 
 class Combining(Robust):
@@ -75,7 +58,7 @@ class Combining(Robust):
     def combine(self, updates: Sequence[Update], weights: Mapping[str, float]) -> AdapterState:
         """The one delta, float32, at the largest rank among the updates. Smaller ranks are padded with zeros.
 
-        `weights` are not looked at: every update counts the same. Raises `TooFewUpdatesError`.
+        `weights` are not looked at: every update counts the same.
         """
 
 

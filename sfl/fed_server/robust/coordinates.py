@@ -19,7 +19,6 @@ class CoordinateWise(Combining):
     """One update whose every value is made of the same value of all the others, or of those that are chosen."""
 
     def combine(self, updates: Sequence[Update], weights: Mapping[str, float]) -> AdapterState:
-        self.check(updates)
         flat: dict[AdapterKey, Array] = {}
         shapes: dict[AdapterKey, tuple[int, ...]] = {}
         for key, shape, piece, values in rows(self.chosen(by_device(updates))):

@@ -27,7 +27,6 @@ class MultiKrum(Screening):
     name = "multi-krum"
 
     def screen(self, updates: Sequence[Update], weights: Mapping[str, float]) -> Screened:
-        self.check(updates)
         ordered = by_device(updates)
         squares = distances(ordered)
         scores = {update.device: score(squares, i, range(len(ordered)), self.attackers) for i, update in enumerate(ordered)}

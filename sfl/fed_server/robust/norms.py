@@ -16,7 +16,8 @@ from sfl.fed_server.updates import Update
 class NormClip(Screening):
     """delta_k * min(1, C / ||delta_k||) (Sun et al. 2019), with the C that is set, or for 0 the median of the pool's norms.
 
-    The median needs n >= 2f + 1. An attacker's update stays, and counts no more than another's of its weight.
+    The median needs n >= 2f + 1. An attacker's update stays, and counts no more than another's of its weight. The weight is not
+    bounded: where it goes by |D_k|, that is the number that the device claims, and one that claims many counts as much.
     """
 
     name = "norm-clip"
@@ -25,12 +26,7 @@ class NormClip(Screening):
         super().__init__(attackers)
         self._norm = norm
 
-    @property
-    def independent(self) -> bool:
-        return self._norm > 0
-
     def screen(self, updates: Sequence[Update], weights: Mapping[str, float]) -> Screened:
-        self.check(updates)
         ordered = by_device(updates)
         norms = {update.device: norm(update) for update in ordered}
         limit = self._norm or float(np.median(list(norms.values())))

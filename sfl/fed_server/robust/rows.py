@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sfl.adapters.state import AdapterKey, Array
-from sfl.errors import AdapterError
+from sfl.errors import UpdateError
 from sfl.fed_server.merges.base import trained_part
 from sfl.fed_server.updates import Update
 
@@ -19,7 +19,7 @@ def rows(updates: Sequence[Update]) -> Iterator[tuple[AdapterKey, tuple[int, ...
 
     The values are (number of updates x length of the piece), in the order of `updates`. Shapes are those at the largest
     rank among the updates, smaller ones are padded with zeros. In memory are one piece, and one tensor of one update.
-    Raises `AdapterError`, naming the device, for an update with other tensors than the others.
+    Raises `UpdateError` for an update that cannot be read or has other tensors than the others.
     """
     largest = max(updates, key=lambda update: update.rank)
     shapes = {key: value.shape for key, value in largest.delta().items()}
@@ -37,14 +37,13 @@ def rows(updates: Sequence[Update]) -> Iterator[tuple[AdapterKey, tuple[int, ...
 def _padded(update: Update, key: AdapterKey, shape: tuple[int, ...]) -> Array:
     delta = update.delta([key])
     if key not in delta:
-        raise AdapterError(f"the update of device '{update.device}' lacks the tensor {key} that others have")
+        raise UpdateError(update.device, f"the update of device '{update.device}' lacks the tensor {key} that others have")
     if delta[key].shape == shape:
         return delta[key]
     padded = np.zeros(shape, np.float32)
     part = padded[trained_part(key, update.rank)]
     if part.shape != delta[key].shape:
-        raise AdapterError(
-            f"adapter tensor {key} has shape {delta[key].shape} in the update of device '{update.device}', expected {part.shape}"
-        )
+        found = f"has shape {delta[key].shape} in the update of device '{update.device}'"
+        raise UpdateError(update.device, f"adapter tensor {key} {found}, expected {part.shape}")
     part[...] = delta[key]
     return padded

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sfl.adapters.state import AdapterState
+from sfl.errors import AdapterError
 from sfl.fed_server.updates import Update
 from sfl.federation_settings import StrategySettings
 from sfl.v1 import federation_pb2 as pb
@@ -38,7 +39,7 @@ class Strategy(ABC):
     loses goes to nobody: the version changes by that much less. With a staleness of 0 it counts in full.
     """
 
-    one_rank: ClassVar[bool] = False  # whether all devices must have the same
+    shared_edge_adapter: ClassVar[bool] = False  # one edge half for all: devices of one rank, and one edge server
 
     def __init__(self, settings: StrategySettings) -> None:
         self.settings = settings
@@ -78,6 +79,11 @@ class Strategy(ABC):
     @abstractmethod
     def _weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         """The weights before staleness."""
+
+    def check_memory(self, memory: Memory, state: AdapterState) -> None:
+        """Raise `AdapterError` unless `memory` can have been remembered with `state`."""
+        if memory:
+            raise AdapterError(f"it has {', '.join(sorted(memory))}, and {self.settings.name} remembers nothing")
 
     def prepare(self, updates: Sequence[Update], weights: Mapping[str, float]) -> list[Update]:
         """The updates as they are to be merged under these weights."""

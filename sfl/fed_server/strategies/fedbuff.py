@@ -8,23 +8,20 @@ from sfl.fed_server.strategies.base import Standing, Strategy
 from sfl.fed_server.updates import Update
 from sfl.v1 import federation_pb2 as pb
 
-_NEVER = 1e30  # deviations above the mean that no gradient norm reaches
-
 
 class FedBuff(Strategy):
     """theta <- theta + 1 / K * sum over the K submissions in the pool of (1 + lag) ** -staleness * delta theta.
 
     K is `buffer`, whoever they come from; with the default staleness of 0.5 the factor is the paper's 1 / sqrt(1 + lag). A
-    device uploads every `local_steps` steps, never waits, and takes the newest version over before its next step. Until there
-    is one it trains on from where it is, so several submissions of a device are successive progress; together they lag
-    behind as the oldest does.
+    device uploads every `local_steps` steps, the paper's Q, never waits, and takes the newest version over after an upload alone,
+    so a version that comes in between finds its update stale and loses nothing. Until there is one it trains on from where it
+    is, so several submissions of a device are successive progress; together they lag behind as the oldest does.
     """
 
     def _rule(self, size: float) -> pb.UploadPolicy:
         steps = self.settings.local_steps
-        always = pb.Triggered(alpha=self.settings.alpha, beta=_NEVER, min_steps=steps, max_steps=steps)
-        always.metric = "loss"
-        return pb.UploadPolicy(triggered=always)
+        every = pb.Triggered(min_steps=steps, max_steps=steps)  # so no trigger has a say
+        return pb.UploadPolicy(triggered=every, adopt_after_upload=True)
 
     def due(self, standing: Standing) -> bool:
         return sum(standing.pooled.values()) >= self.settings.buffer

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from sfl.adapters.state import FROZEN_A, FROZEN_B, AdapterState, Array
+from sfl.adapters.state import FROZEN_A, FROZEN_B, AdapterState, Array, require_same_keys
+from sfl.errors import AdapterError
 from sfl.fed_server.strategies.base import Memory, Rounds
 
 
@@ -19,6 +20,13 @@ class ServerOptimiser(Rounds):
     """FedAvg's rounds, and theta <- theta + eta * direction(g). What a merge freezes is taken as the merge made it."""
 
     moments: ClassVar[tuple[str, ...]]
+
+    def check_memory(self, memory: Memory, state: AdapterState) -> None:
+        expected = {key: value for key, value in state.items() if key.part not in (FROZEN_A, FROZEN_B)}
+        if memory and memory.keys() != set(self.moments):
+            raise AdapterError(f"it has the moments {', '.join(sorted(memory))}, expected {', '.join(self.moments)}")
+        for moment in memory.values():
+            require_same_keys(moment, expected)
 
     def apply(self, state: AdapterState, merged: AdapterState, memory: Memory) -> tuple[AdapterState, Memory]:
         result: AdapterState = {}

@@ -16,7 +16,7 @@ class Gsfs(Strategy):
     (12) an upload of device k puts (delta theta_k, time, k) into the pool; (13) aggregation is due when the number of
     distinct devices in it reaches the quorum M, here a share of the devices that are present or yet to join,
     rounded up, at least one; or, with `quorum_of` "examples", when the devices in it have that share of these devices'
-    training examples. Devices that cannot be reached do not count, unless they are in the pool (see `Reach`);
+    training examples. With `reach`, devices that cannot be reached do not count, unless in the pool (see `Reach`);
     (14) theta <- theta + sum over k in the pool of a_k * delta theta_k, where a_k is, of device k,
 
     - "frequency": its submissions so far over those of all devices in the pool (as printed);

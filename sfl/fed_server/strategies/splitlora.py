@@ -20,15 +20,15 @@ class SplitLora(Rounds):
         theta <- theta + sum over k not in E of a_k delta theta_k + (sum over k in E of a_k) * sum over k in E of delta theta_k
 
     So each copy counts by the examples behind it. With one cut for all, that is the average below it and the plain sum above
-    it, as in SplitLoRA; with mixed cuts a layer may have copies on devices and at the edge. One edge server is meant: of two,
-    each with a copy, the pieces add up as if they were one's.
+    it, as in SplitLoRA; with mixed cuts a layer may have copies on devices and at the edge. There is one edge server: of two,
+    each with a copy, the pieces would add up as if they were one's, so a second one cannot join.
     """
 
-    one_rank = True
+    shared_edge_adapter = True
 
     def _rule(self, size: float) -> pb.UploadPolicy:
         policy = super()._rule(size)
-        policy.shared_edge_adapter = True
+        policy.shared_edge_adapter = self.shared_edge_adapter
         return policy
 
     def prepare(self, updates: Sequence[Update], weights: Mapping[str, float]) -> list[Update]:
