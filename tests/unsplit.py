@@ -44,7 +44,7 @@ class Unsplit:
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
-        return loss.item()  # type: ignore[no-any-return]
+        return loss.item()
 
 
 def train_unsplit(settings: DeviceSettings, labels: tuple[str, ...], version_0: Path) -> tuple[list[float], Any]:
