@@ -41,7 +41,9 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "weights": "frequency",
         "keep_progress": False,
         "final_upload": False,
+        "quorum": 0.6,
         "min_steps": 1,
+        "max_steps": 0,
         "pace": 0.0,
         "threshold": 0.3,
         "threshold_growth": 1.0,
@@ -75,7 +77,9 @@ class StrategySettings(Settings):
     """How updates become a new global version, and when devices upload; what is left open is the named strategy's default."""
 
     name: StrategyName = Field("gsfs", description="strategy")
-    quorum: float = Field(0.6, gt=0, le=1, description="fraction of the devices whose updates make a new version (gsfs)")
+    quorum: float = Field(
+        0.05, gt=0, le=1, description=_differs("quorum", "fraction of the devices whose updates make a new version (gsfs)")
+    )
     quorum_of: Literal["devices", "examples"] = Field(
         "devices", description="what the quorum is a fraction of: the devices, or their training examples (gsfs)"
     )
@@ -123,10 +127,10 @@ class StrategySettings(Settings):
     alpha: float = Field(0.9, gt=0, lt=1, description="smoothing of the gradient norm's moving mean and deviation (gsfs)")
     beta: float = Field(2.0, ge=0, description="deviations above the mean that make a gradient norm trigger (gsfs)")
     min_steps: int = Field(
-        10, ge=1, description=_differs("min_steps", "least number of steps between two uploads of a device (gsfs)")
+        8, ge=1, description=_differs("min_steps", "least number of steps between two uploads of a device (gsfs)")
     )
     pace: float = Field(
-        0.0,
+        2 / 3,
         ge=0,
         le=1,
         description=_differs(
@@ -134,7 +138,13 @@ class StrategySettings(Settings):
             "min_steps and max_steps of a device are multiplied by (mean examples of all devices / its own) ** pace (gsfs)",
         ),
     )
-    max_steps: int = Field(0, ge=0, description="most steps between two uploads of a device; 0: no bound (gsfs)")
+    max_steps: int | None = Field(
+        None,
+        ge=0,
+        description=_differs(
+            "max_steps", "most steps between two uploads of a device; left out: twice min_steps; 0: no bound (gsfs)"
+        ),
+    )
     validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
     threshold: float = Field(
         0.1,
@@ -173,6 +183,11 @@ class StrategySettings(Settings):
     feedback_lowest: float = Field(0.1, gt=0, le=1, description="least of the product of these factors (gsfs)")
     feedback_patience: int = Field(2, ge=1, description="validations in a row that must be worse (gsfs)")
     feedback_margin: float = Field(0.02, ge=0, description="how much worse than the best counts, as a share of it (gsfs)")
+
+    @property
+    def most_steps(self) -> int:
+        """Most steps between two uploads of a device, before its pace; 0: no bound."""
+        return 2 * self.min_steps if self.max_steps is None else self.max_steps
 
     @model_validator(mode="before")
     @classmethod

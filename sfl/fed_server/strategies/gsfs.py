@@ -34,7 +34,7 @@ class Gsfs(Strategy):
             alpha=chosen.alpha,
             beta=chosen.beta,
             min_steps=self._paced(chosen.min_steps, size),
-            max_steps=self._paced(chosen.max_steps, size),
+            max_steps=self._paced(chosen.most_steps, size),
             validate_every=chosen.validate_every,
             threshold=chosen.threshold,
             threshold_growth=chosen.threshold_growth,
