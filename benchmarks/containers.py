@@ -92,17 +92,19 @@ class Yard:
         cache = self.folder / "cache"
         federation, edge = f"{names['fed']}:7300", f"{names['edge']}:7301"
         self.start(
-            names["fed"], "fed", "--listen", "0.0.0.0:7300", "--devices", 1, "--strategy.name", "fedavg", "--out", out / "fed"
-        )
+            names["fed"], "fed", "--listen", "0.0.0.0:7300", "--devices", 1, "--strategy.name", "fedavg", "--out", out / "fed",
+            "--tls.plaintext",
+        )  # fmt: skip
         self.start(names["edge"], "edge", "--listen", "0.0.0.0:7301", "--federation", federation, "--model", model,
-                   "--precision", "bf16", "--cache", self.folder / "edge-cache", "--out", out / "edge")  # fmt: skip
+                   "--precision", "bf16", "--cache", self.folder / "edge-cache", "--out", out / "edge",
+                   "--tls.plaintext")  # fmt: skip
         limits = () if limit_mb is None else ("--memory", f"{limit_mb * 10**6}b", "--memory-swap", f"{limit_mb * 10**6}b")
         self.evict(self.environment, cache)
         self.start(
             names["device"], "device", "--name", "device", "--federation", federation, "--edge", edge, "--cut", cut,
             "--precision", precision, "--cache", cache, "--steps", steps, "--batch-size", BATCH, "--max-length", LENGTH,
             "--micro-batch", micro_batch, "--threads", 1, "--tight-memory",
-            "--data.path", self.folder / "texts.txt", "--out", out / "device",
+            "--data.path", self.folder / "texts.txt", "--out", out / "device", "--tls.plaintext",
             flags=limits, environment=self.environment,
         )  # fmt: skip
         try:

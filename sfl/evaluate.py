@@ -21,7 +21,7 @@ from sfl.data.load import load_splits
 from sfl.data.read import read_examples, with_columns
 from sfl.data.settings import DataSettings, Task
 from sfl.data.split import drop_repeats
-from sfl.errors import AdapterError, DataError, ModelError
+from sfl.errors import AdapterError, DataError, ModelError, TooFewExamplesError
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_task_model, load_tokenizer
 from sfl.model.metrics import accuracy, f1_by_class, macro_f1
@@ -124,7 +124,7 @@ def examples_for(layout: AdapterLayout, data: Sequence[DataSettings], split: Lit
 def require_known(examples: Sequence[Example], layout: AdapterLayout) -> None:
     """Raise `DataError` when there is nothing to evaluate, or for a label that the adapter was not trained on."""
     if not examples:
-        raise DataError("there are no examples to evaluate on")
+        raise TooFewExamplesError("there are no examples to evaluate on")
     if layout.task != "classification":
         return
     unknown = {example.label for example in examples} - set(layout.labels)

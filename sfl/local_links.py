@@ -7,12 +7,13 @@ run in one process sends what daemons send, to the byte. What takes time over a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Generic
 
 from sfl.adapters.state import AdapterState, byte_size
 from sfl.device.link_meter import LinkMeter
-from sfl.edge_server.engine import EdgeEngine, Session
+from sfl.edge_server.engine import EdgeEngine
 from sfl.errors import WireError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire
@@ -26,6 +27,7 @@ from sfl.wire.split import (
     CutBatch,
     Evaluation,
     SessionRequest,
+    Standing,
     StepResult,
     batch_from_wire,
     batch_to_wire,
@@ -34,6 +36,7 @@ from sfl.wire.split import (
     open_from_wire,
     open_to_wire,
     rate_factor_from_wire,
+    standing_from_wire,
     step_from_wire,
     step_request,
     step_to_wire,
@@ -83,7 +86,7 @@ class LocalFederation:
         self.traffic = Traffic()
         self.uplink = LinkMeter()
         self._federation = federation
-        self._name = name
+        self.name = name
         self._rank = rank
         self._pace = pace or Pace()
         self._clock = clock or Clock()
@@ -101,7 +104,7 @@ class LocalFederation:
         return self._federation.finished
 
     def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0, rank: int | None = None) -> AdapterState:
-        state = self._federation.fetch(self._name, version, first_layer, last_layer, self._rank if rank is None else rank)
+        state = self._federation.fetch(self.name, version, first_layer, last_layer, self._rank if rank is None else rank)
         message = AdapterMessage(version=federation_pb2.VersionHeader(version=version))
         before = self.traffic.received
         state = from_tensors(self._down.carry(message, to_tensors(state))[1])
@@ -109,7 +112,7 @@ class LocalFederation:
         self.uplink.answered(max(self._pace.round_trip_s, _NO_TIME_S))
         return state
 
-    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
+    def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         if self._tamper is not None:
             state = self._tamper(header, state)
         message = AdapterMessage()
@@ -126,12 +129,16 @@ class LocalFederation:
         if self._post is None:
             self._federation.submit(half, sent)
         else:
-            self._post.send(self._clock.now, self._name, partial(self._federation.submit, half, sent))
+            self._post.send(self._clock.now, self.name, partial(self._federation.submit, half, sent))
         self.uplink.uploaded(byte_size(state), max(seconds, _NO_TIME_S), 0)
+        return True  # the edge's half arrives no later
+
+    def trained(self) -> None:
+        """Nobody is told: to evaluate takes no simulated time."""
 
     def propose(self, placement: Placement, state: AdapterState) -> None:
         header = federation_pb2.ProposalHeader(
-            edge=self._name, blocks=placement.blocks, head=placement.head, num_layers=placement.num_layers
+            edge=self.name, blocks=placement.blocks, head=placement.head, num_layers=placement.num_layers
         )
         arrived, tensors = self._up.carry(AdapterMessage(proposal=header), to_tensors(state))
         found = Placement(arrived.proposal.blocks, tuple(arrived.proposal.head), arrived.proposal.num_layers)
@@ -169,19 +176,25 @@ class LocalEdge:
         self._engine = server.engine
         self._pace = pace or Pace()
         self._clock = clock or Clock()
+        self._request = request
         self._up: Pipe[DeviceMessage] = Pipe(self.traffic, server.traffic)
         self._down: Pipe[EdgeMessage] = Pipe(server.traffic, self.traffic)
-        self._session = self._open(request)
 
-    def _open(self, request: SessionRequest) -> Session:
-        arrived = open_from_wire(self._up.carry(DeviceMessage(open=open_to_wire(request)))[0].open)
+    def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
+        """Open the session; before anything else."""
+        request = replace(self._request, session=session, version=version)
+        standing = Standing(checkpoints=(checkpoint,) if checkpoint else (), last_step=last_step)
+        opening = self._up.carry(DeviceMessage(open=open_to_wire(request, standing)))[0].open
+        arrived, stands = open_from_wire(opening), standing_from_wire(opening)
         self._engine.check(arrived)
-        session = self._engine.open(arrived, self._server.version(arrived.version, arrived.rank))
-        self._down.carry(EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step)))
-        return session
+        self._session = self._engine.open(arrived, self._server.version(arrived.version, arrived.rank), stands.last_step)
+        opened = split_pb2.Opened(
+            last_step=self._session.last_step, checkpoint=stands.first_checkpoint, edge=self._server.federation.name
+        )
+        self._down.carry(EdgeMessage(opened=opened))
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        message = DeviceMessage(step=step_request(step, version, rate_factor))
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
+        message = DeviceMessage(step=step_request(step, version, rate_factor, checkpoint))
         arrived, tensors = self._up.carry(message, batch_to_wire(batch))
         asked, factor = arrived.step, rate_factor_from_wire(arrived.step)
         done, answer = step_to_wire(self._engine.step(self._session, asked.step, asked.version, self._batch(tensors), factor))
@@ -197,16 +210,18 @@ class LocalEdge:
         reply, tensors = self._down.carry(EdgeMessage(evaluated=evaluated), answer)
         return evaluation_from_wire(reply.evaluated, tensors, len(batch.activation))
 
-    def submit(self, submission: str, version: int) -> None:
-        asked = self._up.carry(DeviceMessage(submit=split_pb2.SubmitHalf(submission=submission, version=version)))[0].submit
+    def submit(self, submission: str, version: int, checkpoint: int = 0) -> None:
+        request = split_pb2.SubmitHalf(submission=submission, version=version, checkpoint=checkpoint)
+        asked = self._up.carry(DeviceMessage(submit=request))[0].submit
         progress = self._engine.take_progress(self._session, asked.submission, asked.version)
         device = self._session.request.device
         header = UpdateHeader(submission=asked.submission, device=device, half=federation_pb2.EDGE, version=asked.version)
         self._server.federation.submit(header, progress)
         self._down.carry(EdgeMessage(submitted=split_pb2.HalfTaken(submission=asked.submission)))
 
-    def adopt(self, version: int, keep_progress: bool) -> None:
-        asked = self._up.carry(DeviceMessage(adopt=split_pb2.Adopt(version=version, keep_progress=keep_progress)))[0].adopt
+    def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
+        request = split_pb2.Adopt(version=version, keep_progress=keep_progress, checkpoint=checkpoint)
+        asked = self._up.carry(DeviceMessage(adopt=request))[0].adopt
         if asked.version != self._session.adapter.version:
             state = self._server.version(asked.version, self._session.request.rank)
             self._engine.adopt(self._session, asked.version, state, asked.keep_progress)

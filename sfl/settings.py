@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from sfl.adapters.layout import LoraSpec
 from sfl.base_settings import Settings
+from sfl.connection_settings import LimitSettings, TlsSettings
 from sfl.data.settings import DataSettings, Task
 from sfl.errors import SettingsError
 from sfl.federation_settings import (
@@ -22,6 +23,7 @@ from sfl.federation_settings import (
     fitting,
 )
 from sfl.federation_settings import StrategySettings as StrategySettings
+from sfl.telemetry import LogFormat
 from sfl.wire.address import check_address
 
 Precision = Literal["fp32", "bf16", "int8", "nf4"]
@@ -41,6 +43,10 @@ def _check_address(address: str) -> str:
     except SettingsError as error:
         raise ValueError(str(error)) from error
     return address
+
+
+def _check_address_or_none(address: str) -> str:
+    return address and _check_address(address)
 
 
 def _check_name(name: str) -> str:
@@ -98,6 +104,11 @@ class DaemonSettings(Settings):
     name: Name = Field(description="this daemon's name, its own in the federation")
     out: Path = Field(description="folder for metrics.jsonl")
     log_level: LogLevel = Field("INFO", description="least severe messages that are logged")
+    log_format: LogFormat = Field("text", description="form of the log: lines of text, or a JSON object a line")
+    metrics_listen: Annotated[str, AfterValidator(_check_address_or_none)] = Field(
+        "", description="host:port on which Prometheus finds /metrics, and anyone /healthz; left out: nowhere"
+    )
+    tls: TlsSettings = Field(default_factory=TlsSettings, description="this node's certificate, and what it protects")
 
 
 class FedSettings(DaemonSettings):
@@ -105,7 +116,7 @@ class FedSettings(DaemonSettings):
 
     name: Name = Field("fed", description="this daemon's name, its own in the federation")
     listen: Address = Field("127.0.0.1:7300", description="host:port to serve on")
-    out: Path = Field(Path("out/fed"), description="folder for metrics.jsonl")
+    out: Path = Field(Path("out/fed"), description="folder for metrics.jsonl, the pool of updates, the ledger and the roster")
     adapters: Path | None = Field(None, description="folder for the versions of the adapter; by default adapters inside out")
     devices: int = Field(ge=1, description="number of devices that take part")
     labels: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
@@ -117,6 +128,7 @@ class FedSettings(DaemonSettings):
     )
     robust: RobustSettings = Field(default_factory=RobustSettings, description="what attackers among the devices cannot do")
     privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="differential privacy of updates")
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="what one node may take of this server")
     half_expires_s: float = Field(600.0, gt=0, description="seconds that half an update waits for its other half")
     away_after_s: float = Field(60.0, gt=0, description="seconds of silence after which a device is away and not waited for")
     join_wait_s: float = Field(600.0, gt=0, description="seconds after the start in which devices yet to join are waited for")
@@ -150,6 +162,9 @@ class WorkerSettings(DaemonSettings):
     wait_s: float = Field(60.0, gt=0, description="seconds to wait for a peer at the start")
     give_up_s: float = Field(300.0, gt=0, description="seconds to keep trying after a peer is lost")
     join_wait_s: float = Field(600.0, gt=0, description="seconds to wait until all expected devices have joined the federation")
+    report_s: float = Field(
+        10.0, ge=0, description="seconds between two reports to the federation server, for `sfl status`; 0: none are sent"
+    )
     threads: int = Field(0, ge=0, description="CPU threads for the model; 0: torch's default")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of what is random")
 
@@ -174,9 +189,13 @@ class EdgeSettings(WorkerSettings):
     listen: Address = Field("127.0.0.1:7301", description="host:port to serve on")
     out: Path = Field(Path("out/edge"), description="folder for metrics.jsonl")
     lowest_cut: int = Field(1, ge=1, description="lowest cut layer that devices may use; blocks below it are not kept")
+    session_keep_s: float = Field(
+        86_400.0, gt=0, description="seconds that the state of a device that has gone is kept on disk for its return"
+    )
     order: Literal["arrival", "longest-tail"] = Field(
         "arrival", description="which waiting step is computed first: the one that came first, or the one with most blocks to do"
     )
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="what one node may take of this server")
 
 
 class DeviceSettings(WorkerSettings):
@@ -212,6 +231,9 @@ class DeviceSettings(WorkerSettings):
     )
     max_length: int = Field(64, ge=1, description="tokens after which a text is cut off")
     steps: int = Field(100, ge=1, description="local optimiser steps")
+    checkpoint_steps: int = Field(
+        20, ge=0, description="steps after which device and edge keep their state; 0: only with submissions and adoptions"
+    )
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="the local optimiser")
     shuffle: bool = Field(True, description="shuffle the training examples in each epoch; otherwise they keep their order")
     validation_batches: int = Field(4, ge=1, description="batches in a local validation")

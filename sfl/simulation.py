@@ -23,6 +23,7 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState
 from sfl.data.batches import Batch
 from sfl.data.split import Splits
+from sfl.device.checkpoints import CountedCheckpoints
 from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.trainer import DeviceTrainer
@@ -233,7 +234,9 @@ def _begin(
     plan = device.plan(federation.agreement.labels)
     plan = replace(plan, validation=partial(_timed, plan.validation, pace, clock))
     trainer = DeviceTrainer(half, adapter, edge, settings.task, settings.micro_batch)
-    run = DeviceRun(plan, trainer, policy, link, metrics, (edge.traffic, link.traffic), link.uplink, clock)
+    traffics = (edge.traffic, link.traffic)
+    run = DeviceRun(plan, trainer, policy, link, metrics, traffics, link.uplink, clock, CountedCheckpoints())
+    run.begin()
     turns = _own_chance(run, dropout_seed(settings.seed, settings.name, "device"))
     return _Running(run, turns, clock, trainer, edge, link)
 

@@ -1,4 +1,4 @@
-"""The one logger, the metrics file and the process's own figures."""
+"""The one logger, the metrics file with those who listen to it, and the process's own figures."""
 
 from __future__ import annotations
 
@@ -8,22 +8,65 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger("sfl")
+
+LogFormat = Literal["text", "json"]
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Hears each event of a daemon as it happens: its name and its fields."""
+
 _peak_before_restart = 0.0  # MB
 
 
-def configure_logging(level: str = "INFO") -> None:
-    """Send the log to standard error, one line a record, at `level` (a name that `logging` knows)."""
+def configure_logging(level: str = "INFO", form: LogFormat = "text", daemon: str = "") -> None:
+    """Send the log to standard error, one line a record, at `level` (a name that `logging` knows).
+
+    As "json" each line is an object that names the `daemon`; see `JsonFormatter`.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonFormatter(daemon) if form == "json" else text)
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
     log.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not needed, whatever imports it
+
+
+def is_structured() -> bool:
+    """Whether the log is made of JSON objects."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in log.handlers)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a record: `time` (ISO 8601, UTC), `level`, `daemon`, `message`, and `fields`.
+
+    `template` is the message before its values were put in, the same for all records of one kind. `fields` are what the caller
+    gave as `extra={"fields": {...}}`; `error` is the number of an error that is being handled, `traceback` where it arose.
+    """
+
+    def __init__(self, daemon: str) -> None:
+        super().__init__()
+        self._daemon = daemon
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "daemon": self._daemon,
+            "message": record.getMessage(),
+            "template": str(record.msg),
+            "fields": dict(getattr(record, "fields", {})),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["error"] = getattr(record.exc_info[1], "code", type(record.exc_info[1]).__name__)
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
 
 
 def peak_rss_mb() -> float:
@@ -55,24 +98,52 @@ def restart_peak() -> bool:
     return True
 
 
+def _ends_with_line(path: Path) -> bool:
+    """Whether the last line of a file is whole, as it is not when the power went while it was written."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
 class MetricsWriter:
     """Appends events to `metrics.jsonl`, one JSON object a line, each with its Unix time `t` in seconds.
 
-    A line is flushed as it is written, so that whoever follows the file sees it at once and a killed process
-    loses nothing. With `path=None` nothing is kept (tests, simulation).
+    A line is written at once, so that whoever follows the file sees it and a killed process loses nothing. Where the disk is full
+    events are lost, which is logged, and nothing else comes of it. With `path=None` nothing is kept (tests, simulation).
+    `listeners` hear each event, in the thread that writes it.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *listeners: Listener) -> None:
         self._file = None
+        self._listeners = list(listeners)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
+            self._torn = not _ends_with_line(path)  # the last line has no end
+            self._full = False
+
+    def listen(self, listener: Listener) -> None:
+        """Have `listener` hear every event from now on."""
+        self._listeners.append(listener)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; `fields` must be JSON-serialisable."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": event, "t": round(time.time(), 4), **fields}) + "\n")
-            self._file.flush()
+            line = (json.dumps({"event": event, "t": round(time.time(), 4), **fields}) + "\n").encode()
+            self._append(self._file, b"\n" + line if self._torn else line)
+        for listener in self._listeners:
+            listener(event, fields)
+
+    def _append(self, file: FileIO, data: bytes) -> None:
+        try:
+            written = file.write(data) or 0
+        except OSError as error:
+            if not self._full:
+                log.error("events are lost, as %s cannot be written: %s", file.name, error.strerror or error)
+            self._full = True
+        else:  # of a line that does not fit, the beginning may be there
+            self._torn, self._full = written < len(data), False
 
     def close(self) -> None:
         if self._file is not None:

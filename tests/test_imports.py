@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DAEMONS = ("sfl.device", "sfl.edge_server", "sfl.fed_server")
 HEAVY = ("torch", "transformers", "peft")
-SETTINGS = ("settings.py", "base_settings.py", "federation_settings.py")
-LIGHT = ("fed_server", "adapters", "cache", "model/packed.py", "wire", *SETTINGS, "telemetry.py", "errors.py", "__init__.py")
+SETTINGS = ("settings.py", "base_settings.py", "federation_settings.py", "connection_settings.py")
+LIGHT = (
+    *("fed_server", "adapters", "cache", "identity", "watching", "model/packed.py", "wire", *SETTINGS),
+    *("telemetry.py", "errors.py", "state_file.py", "__init__.py"),
+)
 WITH_TORCH = ("wire/split.py", "wire/torch_tensors.py")
 
 
@@ -60,3 +63,10 @@ def test_importing_it_loads_no_torch(module: str) -> None:
     script = f"import sys, {module}; print(sorted({set(HEAVY)!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["sfl.device.provision", "sfl.wire.federation", "sfl.identity.own"])
+def test_a_device_has_no_memory_for_a_package_that_makes_certificates(module: str) -> None:
+    script = f"import sys, {module}; print('cryptography' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "False"

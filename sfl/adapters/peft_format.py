@@ -1,7 +1,7 @@
 """PEFT's file format, written and read without peft or torch.
 
 A folder holds `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained` expects them for the
-uncut model, and `sfl.json` with the `AdapterLayout`, which PEFT leaves alone.
+uncut model, and `sfl.json` with the `AdapterLayout` and `SHA256SUMS`, which PEFT leaves alone.
 
 Frozen factors are written as more rows of A and columns of B: [A; frozen_A; 0] and [B, frozen_B, 0], filled up with zeros
 to one rank r for all modules, with a lora_alpha that leaves alpha / r what it was. `sfl.json` says how many each module has.
@@ -22,8 +22,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sfl.adapters import checksums
 from sfl.adapters.completeness import require_complete
-from sfl.adapters.disk import sync
+from sfl.adapters.disk import make_folder, sync
 from sfl.adapters.frozen_rows import Frozen, counts, joined, parted
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
@@ -41,6 +42,8 @@ _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 class AdapterWriteError(AdapterError):
     """An adapter's folder cannot be written, because the disk is full, say: trying again may help."""
+
+    number = 401
 
 
 class _About(NamedTuple):
@@ -73,17 +76,21 @@ def write(
         raise AdapterWriteError(f"cannot write the adapter to {folder}: it exists already")
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        unfinished.mkdir(parents=True)
+        make_folder(folder.parent)
+        unfinished.mkdir()
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
         _write_json(unfinished / CONFIG, _peft_config(layout, rank))
         _write_json(unfinished / LAYOUT, about)
         for name, content in (extras or {}).items():
             (unfinished / name).write_bytes(content)
+        checksums.write(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
         unfinished.rename(folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
+        if folder.exists():  # it could not be made sure that it lasts
+            folder.rename(unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise AdapterWriteError(f"cannot write the adapter to {folder}: {error}") from error
 

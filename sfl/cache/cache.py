@@ -18,7 +18,7 @@ from pathlib import Path
 from sfl.cache.key import HalfKey, checked_key
 from sfl.cache.lock import FileLock, try_lock, wait_for_lock
 from sfl.cache.manifest import Manifest
-from sfl.errors import ModelError, SettingsError, WireError
+from sfl.errors import DamagedModelError, DiskShortError, WireError
 from sfl.model.packed import read_packed
 from sfl.telemetry import log
 
@@ -101,7 +101,7 @@ class HalfCache:
         Raises `SettingsError` when it cannot.
         """
         if size > self._limit:
-            raise SettingsError(
+            raise DiskShortError(
                 f"{key} takes {size / 1e6:.0f} MB, and the cache {self.folder} may have {self._limit / 1e6:.0f} MB:"
                 " raise `cache_limit_mb`"
             )
@@ -114,7 +114,7 @@ class HalfCache:
                 taken -= entry.size
                 log.info("removed %s from the cache: it was not used for longest (%.0f MB)", entry.key, entry.size / 1e6)
         if taken + size > self._limit:
-            raise SettingsError(
+            raise DiskShortError(
                 f"{key} takes {size / 1e6:.0f} MB, and halves in use take {taken / 1e6:.0f} of the {self._limit / 1e6:.0f} MB"
                 f" that the cache {self.folder} may have: raise `cache_limit_mb`"
             )
@@ -124,7 +124,7 @@ class HalfCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise SettingsError(
+            raise DiskShortError(
                 f"{what} needs {size / 1e6:.0f} MB more in {self.folder}, and {free / 1e6:.0f} MB are free: make room"
                 " (`sfl cache list` shows what is kept), or name another folder with `cache`"
             )
@@ -195,7 +195,7 @@ def _require_half(folder: Path, key: HalfKey) -> None:
     """Raise `ModelError` unless `folder` says that it holds this half, in the pack format of this version."""
     packed = read_packed(folder)
     if packed is None:
-        raise ModelError(f"the folder {folder} does not say which half it holds: it has no sfl.json")
+        raise DamagedModelError(f"the folder {folder} does not say which half it holds: it has no sfl.json")
     found = HalfKey(packed.source, packed.cut, packed.precision)
     if found != key:
-        raise ModelError(f"the folder {folder} holds {found}, not {key}")
+        raise DamagedModelError(f"the folder {folder} holds {found}, not {key}")

@@ -77,5 +77,5 @@ def _settings(model: type[Daemon], context: typer.Context) -> Daemon:
     if options.print_config:
         typer.echo(as_toml(settings), nl=False)
         raise typer.Exit
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, settings.name)
     return settings

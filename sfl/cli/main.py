@@ -1,6 +1,6 @@
-"""The command `sfl`: commands, exit codes, and errors as one line instead of a traceback.
+"""The command `sfl`: commands, exit codes, and errors as one line with their number instead of a traceback.
 
-Exit codes: 0 done, 1 failed while running, 2 wrong usage, settings, data or model, 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 wrong usage, settings, data, model or certificate, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,17 +12,30 @@ import typer
 
 from sfl import __version__
 from sfl.cli.cache import app as cache
+from sfl.cli.certs import app as certs
 from sfl.cli.compare import compare
 from sfl.cli.daemons import PASS_ON, device, edge, fed
 from sfl.cli.demo import demo
+from sfl.cli.doctor import doctor
 from sfl.cli.evaluate import evaluate
 from sfl.cli.generate import generate
+from sfl.cli.health import health
 from sfl.cli.plan import plan
 from sfl.cli.profile import profile
-from sfl.errors import AdapterError, DataError, ModelError, SettingsError, SflError
-from sfl.telemetry import log
+from sfl.cli.status import status
+from sfl.errors import (
+    AdapterError,
+    DataError,
+    IdentityError,
+    MachineError,
+    MissingPackageError,
+    ModelError,
+    SettingsError,
+    SflError,
+)
+from sfl.telemetry import is_structured, log
 
-_INPUT_ERRORS = (SettingsError, DataError, ModelError, AdapterError)
+_INPUT_ERRORS = (SettingsError, DataError, ModelError, AdapterError, IdentityError, MissingPackageError)
 _EXTRAS = {"torch": "train", "transformers": "train", "peft": "train", "matplotlib": "demo", "bitsandbytes": "quant"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,9 +46,13 @@ app.command(context_settings=PASS_ON)(device)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.add_typer(cache, name="cache")
+app.add_typer(certs, name="certs")
 app.command()(profile)
 app.command()(plan)
 app.command(context_settings=PASS_ON)(compare)
+app.command(context_settings=PASS_ON)(status)
+app.command(context_settings=PASS_ON)(doctor)
+app.command(context_settings=PASS_ON)(health)
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,22 +73,26 @@ def main() -> None:
     try:
         app(prog_name="sfl")
     except SflError as error:
-        _fail(str(error), 2 if isinstance(error, _INPUT_ERRORS) else 1)
+        _fail(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        _fail(f"this needs {package}, which is not installed: pip install '.[{_EXTRAS[package]}]' in sfl's folder", 2)
+        why = f"this needs {package}, which is not installed: pip install '.[{_EXTRAS[package]}]' in sfl's folder"
+        _fail(MissingPackageError(why))
     except OSError as error:  # a full disk, a folder that may not be written
-        _fail(str(error), 1)
+        _fail(MachineError(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(error: SflError) -> NoReturn:
     log.debug("where it happened", exc_info=True)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    if is_structured():
+        log.error("%s", error, extra={"fields": {"error": error.code}})
+    else:
+        print(f"error {error.code}: {error}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, _INPUT_ERRORS) else 1)
 
 
 if __name__ == "__main__":

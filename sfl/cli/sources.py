@@ -24,7 +24,7 @@ from sfl.cli.names import (
     settings_of,
     variable_of,
 )
-from sfl.errors import SettingsError
+from sfl.errors import ConfigFileError, SettingsError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,11 +44,11 @@ def from_file(path: Path, known: Mapping[str, FieldInfo]) -> dict[str, Given]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingsError(f"there is no configuration file {path}: check the path given with --config") from None
+        raise ConfigFileError(f"there is no configuration file {path}: check the path given with --config") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the configuration file {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise ConfigFileError(f"the configuration file {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"the configuration file {path} is not valid TOML: {error}") from error
+        raise ConfigFileError(f"the configuration file {path} is not valid TOML: {error}") from error
     groups = groups_of(known)
     given: dict[str, Given] = {}
 

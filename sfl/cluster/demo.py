@@ -11,7 +11,7 @@ from sfl.cluster.output import prepare_output
 from sfl.cluster.plan import Plan, share_data, share_threads
 from sfl.data.generate import PROFILES, generate_log
 from sfl.data.settings import Task
-from sfl.errors import DataError, SettingsError
+from sfl.errors import DataFileError, SettingsError
 from sfl.model.default import DEFAULT_NAME, default_model
 from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, Precision, StrategySettings
 
@@ -59,7 +59,7 @@ def plan_demo(options: DemoOptions) -> Plan:
     model = options.model or str(default_model(options.task))
     for path in options.data:
         if not path.is_file():
-            raise DataError(f"there is no data file {path}")
+            raise DataFileError(f"there is no data file {path}")
     if options.edges > (options.devices or len(options.data) or len(PROFILES)):
         raise SettingsError(f"{options.edges} edges for fewer devices: an edge without a device has nothing to do")
     placed = list(options.data) or [options.out / "data" / f"{name}.log" for name in _generated_names(options.devices)]

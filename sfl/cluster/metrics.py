@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,32 @@ class Follower:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events of a finished run, in order; none if the file is missing."""
-    return Follower(path).new()
+    """All events of a finished run, in order, as if no process of it had ever died; none if the file is missing."""
+    return settled(Follower(path).new())
+
+
+def settled(events: Iterable[Event]) -> list[Event]:
+    """`events` without those of steps that a process of the run did and, gone back to a checkpoint, did again.
+
+    A "resume" says to which step someone has gone back. A submission counts once, however often it was sent.
+    """
+    kept: list[Event] = []
+    submissions = set[str]()
+    for event in events:
+        if event["event"] == "resume" and "step" in event:
+            kept = [earlier for earlier in kept if not _undone(earlier, event)]
+        if event["event"] == "submit" and "submission" in event:
+            if event["submission"] in submissions:
+                continue
+            submissions.add(event["submission"])
+        kept.append(event)
+    return kept
+
+
+def _undone(earlier: Event, resume: Event) -> bool:
+    """Whether it was reported of a step that comes after the one to which its device has gone back."""
+    of_steps = earlier["event"] in ("step", "adopt", "eval")
+    return of_steps and earlier.get("device") == resume.get("device") and earlier["step"] > resume["step"]
 
 
 def last(events: list[Event], kind: str, path: Path, **wanted: object) -> Event:

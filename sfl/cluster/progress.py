@@ -40,6 +40,8 @@ class DeviceProgress:
         self.bytes_received = int(event.get("bytes_received", self.bytes_received))
         if kind == "start":
             self.state = "joining"
+        elif kind == "resume":
+            self.step = int(event["step"])
         elif kind == "step":
             self.step = int(event["step"])
             new = float(event["loss"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from sfl.errors import SflError
 
 TICK_S = 0.25  # between two looks at the children
 _PR_SET_PDEATHSIG = 1
+_ERROR = re.compile(r"error( SFL-\d+)?:", re.IGNORECASE)  # as the command line ends
 _LOG_TAIL = 65536  # bytes of a log searched for its last error
 
 
 class ChildError(SflError):
     """A child process failed, or ended before its time."""
+
+    number = 4
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def last_error(log: Path) -> str:
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     except FileNotFoundError:
         return ""
-    errors = [line for line in lines if line.lower().startswith("error:") or " ERROR " in line or " CRITICAL " in line]
+    errors = [line for line in lines if _ERROR.match(line) or " ERROR " in line or " CRITICAL " in line]
     return (errors or lines or [""])[-1]
 
 

@@ -18,7 +18,7 @@ from sfl.compare.outcome import Scores
 from sfl.data.batches import Batch, Encoded, tokenise
 from sfl.data.example import Example
 from sfl.data.labels import LabelSet
-from sfl.errors import DataError
+from sfl.errors import TooFewExamplesError
 from sfl.model.load import load_task_model, load_tokenizer
 from sfl.model.metrics import accuracy, macro_f1
 from sfl.settings import RunOn
@@ -35,7 +35,7 @@ class Texts:
 
     def __init__(self, encoded: Encoded) -> None:
         if encoded.labels is None or not len(encoded):
-            raise DataError("there are no labelled examples to evaluate on")
+            raise TooFewExamplesError("there are no labelled examples to evaluate on")
         self.labels: Indices = encoded.labels
         distinct: dict[bytes, int] = {}
         self.place = np.array([distinct.setdefault(ids.tobytes(), len(distinct)) for ids in encoded.input_ids])

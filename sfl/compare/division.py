@@ -13,7 +13,7 @@ from sfl.data.example import Example
 from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
 from sfl.data.split import Splits
-from sfl.errors import DataError, SettingsError
+from sfl.errors import DataError, DataFileError, SettingsError
 from sfl.telemetry import log
 
 _ENDINGS = (".tsv", ".csv", ".labeled", ".log", ".jsonl", ".ndjson", ".txt")
@@ -99,13 +99,13 @@ class Source:
 
 def _files(path: Path) -> list[Path]:
     if not path.exists():
-        raise DataError(f"there is no data file or folder {path}")
+        raise DataFileError(f"there is no data file or folder {path}")
     if not path.is_dir():
         return [path]
     visible = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
     files = [each for each in visible if each.suffix.lower() in _ENDINGS]
     if not files:
-        raise DataError(f"the folder {path} holds no data: it needs a file for each device, ending in {', '.join(_ENDINGS)}")
+        raise DataFileError(f"the folder {path} holds no data: it needs a file for each device, ending in {', '.join(_ENDINGS)}")
     if len(files) < len(visible):
         log.info("%s: left out %s", path, ", ".join(each.name for each in visible if each not in files))
     return files

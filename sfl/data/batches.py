@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sfl.data.example import Example
 from sfl.data.labels import LabelSet
-from sfl.errors import DataError
+from sfl.errors import DataError, TooFewExamplesError
 from sfl.telemetry import log
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def digest(self) -> str:
+        """SHA-256 of the examples in their order, in hexadecimal."""
+        digest = hashlib.sha256()
+        for ids in (*self.input_ids, *(() if self.labels is None else (self.labels,))):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def tokenise(
         log.warning("%d of %d texts have fewer than two tokens and are left out", short, len(whole))
         whole = [ids for ids in whole if len(ids) >= 2]
     if texts and not whole:
-        raise DataError("no text has two tokens or more: there is nothing to predict")
+        raise TooFewExamplesError("no text has two tokens or more: there is nothing to predict")
     return Encoded(tuple(np.array(ids, dtype=np.int64) for ids in whole), classes, pad_id_of(tokenizer))
 
 
@@ -102,11 +111,12 @@ class Batches:
 
     def __init__(self, encoded: Encoded, batch_size: int, *, shuffle: bool, seed: int) -> None:
         if not len(encoded):
-            raise DataError("there are no examples to train on")
+            raise TooFewExamplesError("there are no examples to train on")
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; it must be at least 1")
         self._encoded, self._batch_size = encoded, batch_size
         self._shuffle, self._seed = shuffle, seed
+        self._digest = encoded.digest()
         self.seek(Position(0, 0))
 
     @property
@@ -121,6 +131,18 @@ class Batches:
             raise DataError(f"there is no {position} in {len(self._encoded)} examples: it belongs to other data")
         self._position = Position(epoch, offset)
         self._order = self._order_of(epoch)
+
+    def state(self) -> dict[str, Any]:
+        """The place, JSON-serialisable, and which examples it is a place in."""
+        return {**self._position._asdict(), "examples": self._digest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a place that was kept. In other examples than then, with more of them, say, the next epoch begins."""
+        if state["examples"] == self._digest:
+            self.seek(Position(state["epoch"], state["offset"]))
+            return
+        log.warning("the training examples are not those of before: training goes on with them at their beginning")
+        self.seek(Position(state["epoch"] + 1, 0))
 
     def __iter__(self) -> Iterator[Batch]:
         return self

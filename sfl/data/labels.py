@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sfl.errors import DataError
+from sfl.errors import LabelError
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class LabelSet:
 
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
-            raise DataError(f"the labels {', '.join(self.names)} are not distinct: name each once")
+            raise LabelError(f"the labels {', '.join(self.names)} are not distinct: name each once")
         object.__setattr__(self, "_index", {name: index for index, name in enumerate(self.names)})
 
     def index(self, name: str | None) -> int:
@@ -26,7 +26,7 @@ class LabelSet:
         index: dict[str | None, int] = self.__dict__["_index"]
         if name not in index:
             agreed = ", ".join(self.names) or "none"
-            raise DataError(f"label '{name}' is not among those agreed on ({agreed}): evaluate on data with these labels")
+            raise LabelError(f"label '{name}' is not among those agreed on ({agreed}): evaluate on data with these labels")
         return index[name]
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ def load_splits(settings: DataSettings, task: Task) -> Splits:
             part = [part[i * len(part) // settings.max_examples] for i in range(settings.max_examples)]
         splits = split_examples(part, settings.split, settings.validation, settings.test)
     except DataError as error:
-        raise DataError(f"{settings.path}, {len(found)} examples, {len(kept)} after repeats: {error}") from None
+        raise type(error)(f"{settings.path}, {len(found)} examples, {len(kept)} after repeats: {error}") from None
     log.info(
         "%s: %d examples, %d after repeats, %d here; %d train, %d validation, %d test",
         settings.path,

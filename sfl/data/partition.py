@@ -8,7 +8,7 @@ import numpy as np
 
 from sfl.data.example import Example
 from sfl.data.settings import Partition
-from sfl.errors import DataError
+from sfl.errors import DataError, TooFewExamplesError
 
 _DRAWS = 1000
 
@@ -23,7 +23,9 @@ def take_part(examples: Sequence[Example], index: int, count: int, scheme: Parti
     if not 0 <= index < count:
         raise DataError(f"there is no part {index} of {count}: parts count from 0")
     if len(examples) < count:
-        raise DataError(f"{len(examples)} examples cannot be divided among {count} devices: bring more, or fewer devices")
+        raise TooFewExamplesError(
+            f"{len(examples)} examples cannot be divided among {count} devices: bring more, or fewer devices"
+        )
     if count == 1:
         return list(examples)
     rng = np.random.default_rng(seed)
@@ -48,7 +50,7 @@ def _skewed_owners(
             owners[members] = np.searchsorted(ends[:-1], np.arange(len(members)), side="right")
         if np.bincount(owners, minlength=count).min() >= smallest:
             return owners
-    raise DataError(
+    raise TooFewExamplesError(
         f"no division of {len(examples)} examples among {count} devices with alpha {alpha:g} gives each at least {smallest}: "
         "raise partition_alpha, or divide evenly (iid)"
     )

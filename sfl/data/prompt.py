@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Collection, Sequence
 
 from sfl.data.source import Row
-from sfl.errors import DataError
+from sfl.errors import DataFormatError
 
 _WORDS = {
     "proto": "",
@@ -44,7 +44,7 @@ def prompt_maker(columns: Sequence[str], known: Collection[str]) -> Callable[[Ro
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise DataError(f"the flows have no column {column}: {hint}")
+            raise DataFormatError(f"the flows have no column {column}: {hint}")
     words = [(column, f"{word} " if (word := _word(column)) else "") for column in columns]
 
     def prompt(row: Row) -> str:

@@ -14,7 +14,7 @@ from sfl.data.settings import BEHAVIOUR_COLUMNS, DEFAULT_TEXT_COLUMNS, DataSetti
 from sfl.data.source import SEPARATORS, NumberedRow, Row, at_line, found_separator, numbered_lines, read_text
 from sfl.data.text import read_jsonl, read_plain, read_semicolon
 from sfl.data.zeek import read_zeek
-from sfl.errors import DataError
+from sfl.errors import DataError, DataFileError, DataFormatError, LabelError
 from sfl.telemetry import log
 
 _READERS: dict[Format, Callable[[Path, str], Iterator[NumberedRow]]] = {
@@ -50,7 +50,7 @@ def read_file(path: Path, settings: DataSettings, task: Task = "classification")
     form = settings.format if settings.format != "auto" else detect_format(path, text, settings)
     rows = list(_READERS[form](path, text))
     if not rows:
-        raise DataError(f"{path} holds a header but no rows: there is nothing to learn from")
+        raise DataFileError(f"{path} holds a header but no rows: there is nothing to learn from")
     names = list(rows[0][1])
     is_flow = form in ("zeek", "delimited") and _is_flow(names) and not _has_texts(names, settings.text_columns)
     if is_flow and form == "delimited":
@@ -95,7 +95,7 @@ def _flows(path: Path, rows: Sequence[NumberedRow], settings: DataSettings, task
     try:
         prompt = prompt_maker(settings.columns, names)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     label_of = flow_class if settings.label_column is None else _column_label(path, names, settings.label_column)
     examples = []
     for _, row in rows:
@@ -110,7 +110,7 @@ def _texts(path: Path, rows: Sequence[NumberedRow], settings: DataSettings, task
     names = list(rows[0][1])
     for column in settings.text_columns:
         if column not in names:
-            raise DataError(f"{path} has no column {column}, only {_listed(names)}: name those of the text in text_columns")
+            raise DataFormatError(f"{path} has no column {column}, only {_listed(names)}: name those of the text in text_columns")
     label_column = settings.label_column or "label"
     if settings.label_column is not None and task == "classification":
         _column_label(path, names, settings.label_column)
@@ -131,15 +131,15 @@ def _labelled(path: Path, examples: list[Example], form: Format, names: list[str
     if not labelled:
         column = settings.label_column or "label"
         if form == "text":
-            raise DataError(
+            raise LabelError(
                 f"{path} was read as plain text, which has no labels: classification needs text;label lines, a table whose "
                 f"first line names a text and a label column, JSON lines or a Zeek log{_separator_hint(path)}"
             )
         if column not in names and not (settings.label_column is None and "detailed-label" in names):
-            raise DataError(
+            raise LabelError(
                 f"{path} has no label column, only {_listed(names)}: name it in label_column, or choose the causal-lm task"
             )
-        raise DataError(f"{path} has {len(examples)} rows, none of them labelled: classification needs labels")
+        raise LabelError(f"{path} has {len(examples)} rows, none of them labelled: classification needs labels")
     if len(labelled) < len(examples):
         log.warning("%s: %d of %d rows have no label and are left out", path, len(examples) - len(labelled), len(examples))
     return labelled
@@ -147,7 +147,7 @@ def _labelled(path: Path, examples: list[Example], form: Format, names: list[str
 
 def _column_label(path: Path, names: Iterable[str], column: str) -> Callable[[Row], str | None]:
     if column not in names:
-        raise DataError(f"{path} has no column {column} for the label, only {_listed(names)}")
+        raise LabelError(f"{path} has no column {column} for the label, only {_listed(names)}")
 
     def label(row: Row) -> str | None:
         value = (row[column] or "").strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sfl.errors import DataError
+from sfl.errors import DataFileError, DataFormatError
 
 Row = dict[str, "str | None"]
 NumberedRow = tuple[int, Row]
@@ -23,18 +23,18 @@ _BINARY = {
 def read_text(path: Path) -> str:
     """The whole file as text, without a byte order mark. Raises `DataError` unless it is a non-empty UTF-8 text file."""
     if path.is_dir():
-        raise DataError(f"{path} is a directory: name a file with the examples")
+        raise DataFileError(f"{path} is a directory: name a file with the examples")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
+        raise DataFileError(f"{path}: there is no such file") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataFileError(f"{path} cannot be read: {error.strerror}") from error
     if not data.strip():
-        raise DataError(f"{path} is empty: it must hold at least one example")
+        raise DataFileError(f"{path} is empty: it must hold at least one example")
     for magic, advice in _BINARY.items():
         if data.startswith(magic):
-            raise DataError(f"{path} is {advice}")
+            raise DataFileError(f"{path} is {advice}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,9 +58,9 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\r")
 
 
-def at_line(path: Path, line: int, problem: str) -> DataError:
+def at_line(path: Path, line: int, problem: str) -> DataFormatError:
     """An error that names the place."""
-    return DataError(f"{path}, line {line}: {problem}")
+    return DataFormatError(f"{path}, line {line}: {problem}")
 
 
 def found_separator(line: str, but: str = "") -> str | None:
@@ -70,7 +70,7 @@ def found_separator(line: str, but: str = "") -> str | None:
     return best if counts[best] else None
 
 
-def wrong_field_count(path: Path, text: str, line: int, found: int, expected: int, separator: str) -> DataError:
+def wrong_field_count(path: Path, text: str, line: int, found: int, expected: int, separator: str) -> DataFormatError:
     """The error for a row of `found` fields where the header names `expected`, with the likeliest cause."""
     rest = text.split("\n")
     content = rest[line - 1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfl.data.example import Example
-from sfl.errors import DataError
+from sfl.errors import DataError, TooFewExamplesError
 
 _SALT = "sfl split 1:"
 
@@ -55,7 +55,7 @@ def split_examples(examples: Sequence[Example], by: Literal["hash", "time"], val
     }
     for name, (part, fraction) in wanted.items():
         if fraction > 0 and not part:
-            raise DataError(
+            raise TooFewExamplesError(
                 f"the {name} split is empty: {len(examples)} examples are too few for a fraction of {fraction:g}; "
                 "bring more examples, or set that fraction to 0"
             )

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
+from sfl.device.checkpoints import FOLDER, CheckpointFiles
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.link_meter import LinkMeter
 from sfl.device.prepare import PreparedDevice
 from sfl.device.run import DeviceRun, Progress
-from sfl.device.trainer import DeviceTrainer
+from sfl.device.run_plan import FederationLink, FinishedFederation
+from sfl.device.run_state import RunState
+from sfl.device.stop import Stopped, StopSignal
+from sfl.device.trainer import DeviceTrainer, WentBack
+from sfl.errors import FinishedError, RefusedError, SessionLostError, SflError
+from sfl.identity.own import node_of
+from sfl.model.local_adapter import values_in
 from sfl.model.seeds import dropout_seed
 from sfl.phases import phase
 from sfl.settings import DeviceSettings
-from sfl.telemetry import MetricsWriter, log, peak_rss_mb
+from sfl.state_file import Document
+from sfl.telemetry import log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
+from sfl.watching.watch import Watch
 from sfl.wire.federation import FederationClient
 
 if TYPE_CHECKING:
@@ -23,50 +33,150 @@ if TYPE_CHECKING:
 
 
 def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
-    """Take part in one federated run. Raises the `SflError` that ends it early; what was submitted until then counts.
+    """Take part in one federated run, or go on with it; SIGTERM ends this process in order and not the run.
 
-    A `recorder` that is recording is told what to look at.
+    Raises the `SflError` that ends it early; what was submitted until then counts, and a later process goes on from the last
+    checkpoint. A `recorder` that is recording is told what to look at.
     """
+    with Watch(settings) as watch, StopSignal() as stop:
+        try:
+            _run(settings, watch, stop, recorder)
+        except Stopped:
+            log.info("%s was told to stop; start it again with the same settings to go on", settings.name)
+
+
+def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Recorder | None) -> None:
+    metrics = watch.metrics
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(dropout_seed(settings.seed, settings.name, "device"))
+    node = node_of(settings, "device")
     device = PreparedDevice.of(settings)
     uplink = LinkMeter()
-    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink)
-    try:
-        federation.join(device.join_request())
-        agreement = federation.agreement(settings.join_wait_s)
+    with ExitStack() as opened:
+        checkpoints = CheckpointFiles(settings.out / FOLDER, settings.give_up_s)
+        opened.callback(checkpoints.close)
+        kept = kept_in(checkpoints)
+        federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink, node)
+        opened.callback(federation.close)
+        watch.traffic("federation", federation.traffic)
+        takes_part = _join(federation, device, kept)
+        if takes_part:
+            watch.report_to(federation, settings.report_s)
+            with phase("join"):
+                agreement = federation.agreement(settings.join_wait_s)
+            labels, policy = list(agreement.labels), agreement.policy
+            checkpoints.require({"federation": federation.federation, **device.identity(labels, policy)})
+        else:
+            labels, policy = kept["identity"]["labels"], UploadPolicy.FromString(bytes.fromhex(kept["policy"]))
         with phase("tokenise"):
-            plan = device.plan(agreement.labels)
+            plan = device.plan(labels)
         with phase("load"):
             half, slots = device.load_half()
-        version = federation.version(0, settings.join_wait_s)
-        adapter = device.adapter(slots, federation.fetch(version, 0, device.cut), version, agreement.policy)
-        request = device.session_request(version, agreement.policy)
-        link = GrpcEdgeLink(settings.edge, request, settings.wait_s, settings.give_up_s)
+        if takes_part:
+            with phase("round"):
+                newest = federation.version(0, settings.join_wait_s)
+        if kept:
+            version, state = kept["version"], values_in(checkpoints.newest()[1])
+        else:
+            version, state = newest, federation.fetch(newest, 0, device.cut)
+        adapter = device.adapter(slots, state, version, policy)
+        link = GrpcEdgeLink(
+            settings.edge,
+            device.session_request(version, policy),
+            settings.wait_s,
+            settings.give_up_s,
+            node,
+            federation.served_by if takes_part else lambda edge: None,
+            lambda: checkpoints.held,
+        )
+        opened.callback(link.hang_up)
+        watch.traffic("edge", link.traffic)
+        rank = device.rank or device.lora.rank
+        metrics.write("start", name=settings.name, cut=device.cut, rank=rank, steps=settings.steps, **device.sizes())
+        if recorder is not None:
+            recorder.observe(half, adapter, link.traffic, count_in_step=2)
+        trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch, bool(settings.tight_memory))
+        traffic = (link.traffic, federation.traffic)
+        around: FederationLink = federation if takes_part else FinishedFederation()
+        training = DeviceRun(plan, trainer, policy, around, metrics, traffic, uplink, checkpoints=checkpoints)
         try:
-            with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
-                rank = device.rank or device.lora.rank
-                metrics.write("start", name=settings.name, cut=device.cut, rank=rank, steps=settings.steps, **device.sizes())
-                if recorder is not None:
-                    recorder.observe(half, adapter, link.traffic, count_in_step=2)
-                trainer = DeviceTrainer(half, adapter, link, settings.task, settings.micro_batch, bool(settings.tight_memory))
-                traffic = (link.traffic, federation.traffic)
-                training = DeviceRun(plan, trainer, agreement.policy, federation, metrics, traffic, uplink)
-                _train(training, trainer, agreement.policy, federation, settings.give_up_s)
-                link.close()
+            open_session(training, link, checkpoints.session)
+            watch.ready()
+            _train(training, trainer, link, federation, stop, policy.periodic.round_timeout_s + settings.give_up_s)
+            link.close()
+        except Stopped:
+            log.info("%s stopped at step %d; start it again with the same settings to go on", settings.name, training.steps)
+            return
+        with stop.held():
+            if takes_part:
                 federation.leave()
-                metrics.write("end", **training.totals(), peak_rss_mb=round(peak_rss_mb(), 1))
-                log.info("%s is done: %d steps, %d submissions", settings.name, training.steps, training.submissions)
-        finally:
-            link.hang_up()
-    finally:
-        federation.close()
+            checkpoints.clear()
+            metrics.write("end", **training.totals(), peak_rss_mb=round(peak_rss_mb(), 1))
+            log.info("%s is done: %d steps, %d submissions", settings.name, training.steps, training.submissions)
+
+
+def kept_in(checkpoints: CheckpointFiles) -> Document:
+    """What an earlier process has left, if it has done a step. If not it may have been wrong settings that kept it from that,
+    and nothing is lost by beginning anew."""
+    if checkpoints.document and not checkpoints.document["run"]["steps"]:
+        checkpoints.clear()
+    return checkpoints.document
+
+
+def _join(federation: FederationClient, device: PreparedDevice, kept: Document) -> bool:
+    """Join; False where the federation has finished in the meantime and does not need this device, which has its test to do."""
+    try:
+        federation.join(device.join_request())
+    except RefusedError as error:
+        if error.number != FinishedError.number or not kept or not RunState.restored(kept["run"], {}).sent(device.settings.steps):
+            raise
+        log.info("the federation has finished; what is left to do is the test")
+        return False
+    return True
+
+
+def open_session(training: DeviceRun, link: GrpcEdgeLink, session: str | None) -> None:
+    """Begin, or go on in this session of an earlier process, as far as the edge knows it."""
+    if session is None:
+        training.begin()
+        return
+    try:
+        training.resume(link.resume(session))
+    except SessionLostError as error:
+        log.warning("%s", error)
+        training.resume(None)
 
 
 def _train(
-    training: DeviceRun, trainer: DeviceTrainer, policy: UploadPolicy, federation: FederationClient, give_up_s: float
+    training: DeviceRun,
+    trainer: DeviceTrainer,
+    link: GrpcEdgeLink,
+    federation: FederationClient,
+    stop: StopSignal,
+    version_wait_s: float,
 ) -> None:
-    for progress in training:
-        if progress is Progress.WAITING:  # the others' round may take all of its time, and the federation a while to answer
-            federation.version(trainer.adapter.version + 1, policy.periodic.round_timeout_s + give_up_s)
+    """To the end of the run. Raises `Stopped` between two steps, with device and edge at a checkpoint if they come that far."""
+    progress = iter(training)
+    while True:
+        with stop.held():
+            done = next(progress, None)
+            if stop.told and done is not None:
+                _pause(training, link)
+        if done is None:
+            return
+        if done is Progress.WAITING:  # the others' round may take all of its time, and the federation a while to answer
+            try:
+                with phase("round"):
+                    federation.version(trainer.adapter.version + 1, version_wait_s)
+            except Stopped:
+                with stop.held():
+                    _pause(training, link)
+
+
+def _pause(training: DeviceRun, link: GrpcEdgeLink) -> None:
+    """Have device and edge keep where they are. It is not waited for: without it they are at the checkpoint before."""
+    try:
+        link.pause(training.checkpoint(must=False))
+    except (WentBack, SflError) as error:
+        log.warning("%s", error)

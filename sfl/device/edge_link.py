@@ -5,11 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import grpc
 
-from sfl.errors import RefusedError, UnreachableError, WireError
+from sfl.device.trainer import WentBack
+from sfl.errors import SessionLostError, UnreachableError, WireError
+from sfl.identity.node import Node
 from sfl.telemetry import log
 from sfl.v1 import split_pb2 as pb
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -20,6 +24,7 @@ from sfl.wire.split import (
     CutBatch,
     Evaluation,
     SessionRequest,
+    Standing,
     StepResult,
     batch_to_wire,
     evaluation_from_wire,
@@ -37,27 +42,57 @@ class GrpcEdgeLink:
 
     A stream that breaks is opened again under the same session and the last request repeated; the edge answers a step,
     submission or adoption that it has already done without doing it twice. `give_up_s` bounds how long that is tried.
+    `on_edge` hears the edge server's name whenever a stream was opened. `held` tells which checkpoints of the session this device
+    has, and so can go back to. What is raised, `EdgeLink` says.
     """
 
-    def __init__(self, address: str, request: SessionRequest, wait_s: float, give_up_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        request: SessionRequest,
+        wait_s: float,
+        give_up_s: float,
+        node: Node | None = None,
+        on_edge: Callable[[str], None] = lambda edge: None,
+        held: Callable[[], tuple[int, ...]] = tuple,
+    ) -> None:
         self.traffic = Traffic()
         self._request = request
         self._give_up_s = give_up_s
+        self._held = held
         self._steps_done = 0
+        self._begins: Standing | None = Standing()  # as the session begins, until the edge has changed something in it
+        self._restored = False  # this process has a session of an earlier one, and the edge has not heard of that yet
         self._stream: _Stream | None = None
-        self._channel = dial(address, PEER, wait_s)
+        self._on_edge = on_edge
+        self._channel = dial(address, PEER, wait_s, node, "edge")
         self._stub = SplitTrainingStub(self._channel)
-        try:
-            self._ask(None)
-        except BaseException:
-            self.hang_up()
-            raise
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        reply, tensors = self._ask(DeviceMessage(step=step_request(step, version, rate_factor)), batch_to_wire(batch))
+    def begin(self, session: str | None = None, version: int | None = None, last_step: int = 0, checkpoint: int = 0) -> None:
+        """Open a session; what is not given is as in the request."""
+        self._end_stream()
+        given: dict[str, Any] = {"session": session, "version": version}
+        self._request = replace(self._request, **{name: value for name, value in given.items() if value is not None})
+        self._begins = Standing(checkpoints=(checkpoint,) if checkpoint else (), last_step=last_step)
+        self._steps_done, self._restored = last_step, False
+        self._ask(None)
+
+    def resume(self, session: str) -> int:
+        """Open a session that an earlier process of this device has begun; the checkpoint at which the edge is then.
+
+        Raises `SessionLostError` when it is at none that this device holds.
+        """
+        self._request, self._begins, self._restored = replace(self._request, session=session), None, True
+        opened = self._ask(None)[0].opened
+        self._steps_done = opened.last_step
+        return opened.checkpoint
+
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
+        request = step_request(step, version, rate_factor, checkpoint)
+        reply, tensors = self._ask(DeviceMessage(step=request), batch_to_wire(batch))
         self._require(reply, "step")
         result = step_from_wire(reply.step, tensors, batch.activation)
-        self._steps_done = step
+        self._steps_done, self._begins = step, None
         return result
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
@@ -65,25 +100,46 @@ class GrpcEdgeLink:
         self._require(reply, "evaluated")
         return evaluation_from_wire(reply.evaluated, tensors, len(batch.activation))
 
-    def submit(self, submission: str, version: int) -> None:
-        reply, _ = self._ask(DeviceMessage(submit=pb.SubmitHalf(submission=submission, version=version)))
+    def submit(self, submission: str, version: int, checkpoint: int = 0) -> None:
+        request = pb.SubmitHalf(submission=submission, version=version, checkpoint=checkpoint)
+        reply, _ = self._ask(DeviceMessage(submit=request))
         self._require(reply, "submitted")
+        self._begins = None
 
-    def adopt(self, version: int, keep_progress: bool) -> None:
-        reply, _ = self._ask(DeviceMessage(adopt=pb.Adopt(version=version, keep_progress=keep_progress)))
+    def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
+        request = pb.Adopt(version=version, keep_progress=keep_progress, checkpoint=checkpoint)
+        reply, _ = self._ask(DeviceMessage(adopt=request))
         self._require(reply, "adopted")
+        self._begins = None
+
+    def pause(self, checkpoint: int) -> None:
+        """Have the edge keep its state under this number, and nothing in memory, until the session is resumed."""
+        reply, _ = self._ask(DeviceMessage(pause=pb.Pause(checkpoint=checkpoint)))
+        self._require(reply, "paused")
 
     def close(self) -> None:
         """End the session; returns when the federation server has every half that the edge took."""
-        reply, _ = self._ask(DeviceMessage(close=pb.Close()))
+        reply = None
+        while reply is None:
+            try:
+                reply, _ = self._ask(DeviceMessage(close=pb.Close()))
+            except WentBack:  # nothing comes that could be wrong then
+                continue
+            except SessionLostError as error:
+                log.warning("%s; it cannot be closed, and need not be", error)
+                return
         self._require(reply, "closed")
         self.hang_up()
 
     def hang_up(self) -> None:
         """Leave without a word; the edge keeps the session for a while."""
+        self._end_stream()
+        self._channel.close()
+
+    def _end_stream(self) -> None:
         if self._stream is not None:
             self._stream.end()
-        self._channel.close()
+            self._stream = None
 
     def _ask(self, message: DeviceMessage | None, tensors: Sequence[RawTensor] = ()) -> tuple[EdgeMessage, list[RawTensor]]:
         """The answer to `message`, or to opening the session if there is none."""
@@ -97,9 +153,7 @@ class GrpcEdgeLink:
                 if message is not None and self._stream is not None:
                     return self._stream.exchange(_fresh(message), tensors)
             except UnreachableError as error:
-                if self._stream is not None:
-                    self._stream.end()
-                    self._stream = None
+                self._end_stream()
                 gone = time.monotonic() - started
                 if gone + pause > self._give_up_s:
                     raise UnreachableError(f"{error}; gave up after {gone:.0f} s") from error
@@ -108,14 +162,25 @@ class GrpcEdgeLink:
             pause = min(pause * 2, 5.0)
 
     def _open(self) -> EdgeMessage:
+        """Open a stream. Raises `WentBack` or `SessionLostError` when the edge knows less than this device has done."""
         self._stream = _Stream(self._stub, self.traffic)
-        reply, _ = self._stream.exchange(DeviceMessage(open=open_to_wire(self._request)), ())
+        standing = self._begins or Standing(resume=True, restored=self._restored, checkpoints=self._held())
+        reply, _ = self._stream.exchange(DeviceMessage(open=open_to_wire(self._request, standing)), ())
         self._require(reply, "opened")
-        if reply.opened.last_step < self._steps_done:
-            raise RefusedError(
-                f"{PEER} knows this session only up to step {reply.opened.last_step}, not {self._steps_done}: it was restarted,"
-                " or this device was gone for too long, and its half of the adapter is lost; start the device again"
+        opened = reply.opened
+        behind = opened.last_step < self._steps_done and not self._restored
+        if opened.lost or (behind and not opened.checkpoint):
+            self._end_stream()
+            raise SessionLostError(
+                f"{PEER} knows nothing of this device's session, or no checkpoint of it that this device has: what its half of"
+                " the adapter had learnt and not submitted is lost"
             )
+        self._restored = False
+        if opened.edge:
+            self._on_edge(opened.edge)
+        if behind:
+            self._steps_done = opened.last_step
+            raise WentBack(opened.checkpoint)
         return reply
 
     def _require(self, reply: EdgeMessage, kind: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from sfl.errors import WireError
 from sfl.v1.federation_pb2 import Feedback, UploadPolicy
@@ -47,6 +49,14 @@ class RateController:
         if self._worse >= self._feedback.patience:
             self.factor = max(self._feedback.lowest, self.factor * self._feedback.decrease)
             self._worse = 0
+
+    def state(self) -> dict[str, Any]:
+        """What it has seen so far, JSON-serialisable."""
+        return {"factor": self.factor, "best": self._best, "worse": self._worse}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where the controller was whose `state` this is."""
+        self.factor, self._best, self._worse = state["factor"], state["best"], state["worse"]
 
 
 def rate_controller(policy: UploadPolicy) -> RateController | None:

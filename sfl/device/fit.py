@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sfl.errors import SettingsError
+from sfl.device.checkpoints import FOLDER, kept_cut
+from sfl.errors import MemoryShortError, SettingsError
 from sfl.planning.apart import choose_cut_apart
 from sfl.planning.available import available_memory
 from sfl.planning.calibration import MARGIN, read_calibration
@@ -24,8 +25,11 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
 
     `model` is a folder, a hub id or a configuration as a tree; the edge serves cuts from `lowest_cut`. A cut that is set is
     checked where memory is short, so that the plan's numbers say what is too large, and not the kernel's end of the process.
-    Raises `SettingsError` with these numbers where it, or for `auto` any, does not fit.
+    A run that goes on keeps its cut. Raises `SettingsError` with these numbers where it, or for `auto` any, does not fit.
     """
+    if settings.cut == "auto" and (kept := kept_cut(settings.out / FOLDER)) is not None:
+        log.info("cut %d, that of the run which goes on", kept)
+        settings = settings.model_copy(update={"cut": kept})
     memory = available_memory()
     if settings.run_on == "cuda":
         if settings.cut == "auto":
@@ -38,7 +42,7 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
     if memory is not None and (short or settings.cut == "auto"):
         floor = read_calibration().floor_mb[settings.precision]
         if memory < (1 - MARGIN) * floor:  # said at once, as planning itself takes as much
-            raise SettingsError(f"no cut fits {memory:.0f} MB: a device that holds no block at all takes {floor:.0f} MB")
+            raise MemoryShortError(f"no cut fits {memory:.0f} MB: a device that holds no block at all takes {floor:.0f} MB")
         asked = None if settings.cut == "auto" else settings.cut
         chosen = choose_cut_apart(model, PlanRequest.of(settings, lowest_cut), memory, asked)
         if chosen is not None:

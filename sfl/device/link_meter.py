@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from sfl.v1.federation_pb2 import Link
 
@@ -69,3 +71,14 @@ class LinkMeter:
         """The estimates for the federation server; None before the first upload."""
         rate = self.bytes_per_s
         return None if rate is None else Link(bytes_per_s=rate, round_trip_s=self.round_trip_s)
+
+    def state(self) -> dict[str, Any]:
+        """The transfers that its estimates rest on, JSON-serialisable."""
+        return {"uploads": [astuple(upload) for upload in self._uploads], "round_trips": list(self._round_trips)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where the meter was whose `state` this is."""
+        self._uploads.clear()
+        self._uploads.extend(Upload(*upload) for upload in state["uploads"])
+        self._round_trips.clear()
+        self._round_trips.extend(state["round_trips"])

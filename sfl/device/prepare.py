@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState
@@ -16,7 +15,8 @@ from sfl.data.example import Example
 from sfl.data.labels import LabelSet
 from sfl.data.load import load_splits
 from sfl.data.split import Splits
-from sfl.device.run import RunPlan
+from sfl.device.run_plan import RunPlan
+from sfl.device.run_state import new_session
 from sfl.errors import SettingsError
 from sfl.model.cut import DeviceHalf, check_cut
 from sfl.model.fingerprint import model_fingerprint
@@ -71,7 +71,7 @@ class PreparedDevice:
             ),
             fingerprint=model_fingerprint(model),
             splits=splits or load_splits(settings.data, settings.task),
-            session=f"{settings.name}-{secrets.token_hex(4)}",
+            session=new_session(settings.name),
         )
 
     def join_request(self) -> federation_pb2.JoinRequest:
@@ -114,6 +114,26 @@ class PreparedDevice:
             rank=self.rank,
             rules=rules_from_wire(policy),
         )
+
+    def identity(self, labels: Sequence[str], policy: federation_pb2.UploadPolicy) -> dict[str, Any]:
+        """What a checkpoint depends on, by the names of the settings: it is of no use where any of this is another."""
+        settings = self.settings
+        return {
+            "model": self.fingerprint,
+            "task": settings.task,
+            "labels": list(labels),
+            "cut": self.cut,
+            "rank": settings.rank or self.lora.rank,
+            "precision": settings.precision,
+            "compute": settings.compute_format,
+            "seed": settings.seed,
+            "batch_size": settings.batch_size,
+            "max_length": settings.max_length,
+            "shuffle": settings.shuffle,
+            **{f"lora.{name}": value for name, value in asdict(self.lora).items()},
+            **{f"optimizer.{name}": value for name, value in asdict(self.optimizer).items()},
+            **{f"the federation's {name}": value for name, value in asdict(rules_from_wire(policy)).items()},
+        }
 
     def adapter(
         self, slots: AdapterSlots, state: AdapterState, version: int, policy: federation_pb2.UploadPolicy
@@ -161,6 +181,7 @@ class PreparedDevice:
             batches=Batches(train, settings.batch_size, shuffle=settings.shuffle, seed=settings.seed),
             validation=partial(eval_batches, validation, settings.batch_size, settings.validation_batches * settings.batch_size),
             test=partial(eval_batches, test, settings.batch_size),
+            checkpoint_steps=settings.checkpoint_steps,
         )
 
 

@@ -18,7 +18,8 @@ from sfl.cache.key import HalfKey
 from sfl.cache.lock import FileLock
 from sfl.cache.manifest import Gap, Manifest
 from sfl.device.fit import fitted
-from sfl.errors import ModelError, SettingsError, UnreachableError, WireError
+from sfl.errors import DamagedModelError, EdgeMismatchError, ModelChangedError, UnreachableError, WaitedError, WireError
+from sfl.identity.own import node_of
 from sfl.settings import DeviceSettings, LoraSettings
 from sfl.telemetry import MetricsWriter, log
 from sfl.wire.provision import Description, ProvisioningClient
@@ -46,13 +47,11 @@ def provided(settings: DeviceSettings) -> DeviceSettings:
         return fitted(settings, settings.model)
     started = time.monotonic()
     cache = HalfCache(settings.cache or default_folder("device"), settings.cache_limit_mb)
-    client = ProvisioningClient(settings.edge, settings.name, settings.wait_s)
+    client = ProvisioningClient(settings.edge, settings.name, settings.wait_s, node_of(settings, "device"))
     try:
         description = _persist(client.describe, lambda: 0, settings.give_up_s)
         log.info("edge server %s trains %s, %s", description.edge, description.base_model, description.task)
-        lora = _agreed_lora(settings, description)
-        _require_task(settings, description)
-        settings = with_cut(settings.model_copy(update={"task": description.task, "lora": lora}), description)
+        settings = with_cut(agreed(settings, description), description)
         cut = int(settings.cut)
         _require_same_model(settings.edge, description, cache)
         key = HalfKey(description.source, cut, settings.precision)
@@ -77,15 +76,22 @@ def provided(settings: DeviceSettings) -> DeviceSettings:
     return settings.model_copy(update={"model": str(cache.model(key))})
 
 
+def agreed(settings: DeviceSettings, description: Description) -> DeviceSettings:
+    """The settings with the task and the LoRA settings of the edge. Raises `SettingsError` where one is set here, and differs."""
+    lora = _agreed_lora(settings, description)
+    _require_task(settings, description)
+    return settings.model_copy(update={"task": description.task, "lora": lora})
+
+
 def with_cut(settings: DeviceSettings, description: Description) -> DeviceSettings:
     """`fitted` to what the edge says of the model. Raises `SettingsError` for a cut or a precision that cannot be."""
     if settings.cut != "auto" and not description.lowest_cut <= settings.cut < description.num_layers:
-        raise SettingsError(
+        raise EdgeMismatchError(
             f"cut {settings.cut} does not go with edge server {description.edge}: its model has {description.num_layers} blocks"
             f" and it serves cuts from {description.lowest_cut} to {description.num_layers - 1}"
         )
     if settings.precision not in description.precisions:
-        raise SettingsError(
+        raise EdgeMismatchError(
             f"edge server {description.edge} cannot provide {settings.precision}: choose {', '.join(description.precisions)}"
             + (", or install bitsandbytes there" if settings.precision == "nf4" else "")
         )
@@ -100,7 +106,7 @@ def release_halves() -> None:
 
 def _require_task(settings: DeviceSettings, description: Description) -> None:
     if "task" in settings.model_fields_set and settings.task != description.task:
-        raise SettingsError(
+        raise EdgeMismatchError(
             f"task is '{settings.task}' here and '{description.task}' at edge server {description.edge}: leave it out here"
         )
 
@@ -118,7 +124,7 @@ def _agreed_lora(settings: DeviceSettings, description: Description) -> LoraSett
                 continue
             mine = tuple(sorted(set(mine)))
         if mine != other:
-            raise SettingsError(
+            raise EdgeMismatchError(
                 f"lora.{name} is {mine} here and {other} at edge server {description.edge}: leave it out here, or change one"
             )
     return agreed
@@ -127,7 +133,7 @@ def _agreed_lora(settings: DeviceSettings, description: Description) -> LoraSett
 def _require_same_model(address: str, description: Description, cache: HalfCache) -> None:
     before = KnownEdges(cache.folder).all().get(address)
     if before is not None and before.fingerprint != description.fingerprint:
-        raise ModelError(
+        raise ModelChangedError(
             f"the edge server at {address} provided model {before.fingerprint[:12]} ({before.base_model}) before and now has"
             f" {description.fingerprint[:12]} ({description.base_model}): if that is intended, run"
             f" `sfl cache clear --edge {address} --cache {cache.folder}` and start again"
@@ -163,7 +169,7 @@ class _Fetch:
             if lock is None:
                 now = time.monotonic()
                 if now - began > self._settings.join_wait_s:
-                    raise UnreachableError(
+                    raise WaitedError(
                         f"waited {now - began:.0f} s for {self._key} in {self._cache.folder}, which is not whole and which"
                         " another process has taken; gave up"
                     )
@@ -176,7 +182,7 @@ class _Fetch:
                 if self._cache.finished(self._key) not in (None, self._wrong):
                     continue  # fetched by another process a moment ago
                 if fetches == _DAMAGED_AGAIN:
-                    raise ModelError(
+                    raise DamagedModelError(
                         f"{self._key} is damaged whenever it was fetched to {self._cache.folder}: is the disk in order?"
                     )
                 if self._cache.manifest(self._key) is not None:

@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sfl.adapters.state import AdapterState
 from sfl.allocator import release_freed_memory
 from sfl.data.batches import Batch
 from sfl.errors import WireError
+from sfl.model import chance
 from sfl.model.backward import backward_from
 from sfl.model.cut import DeviceHalf
 from sfl.model.local_adapter import LocalAdapter
@@ -20,27 +20,43 @@ from sfl.model.metrics import accuracy, macro_f1
 from sfl.model.recompute import forward_in_micro_batches
 from sfl.model.tasks import make_labels
 from sfl.phases import phase
+from sfl.state_file import Tensors
 from sfl.wire.split import CutBatch, Evaluation, StepResult
+
+
+class WentBack(Exception):
+    """The edge has lost its memory and is at a checkpoint that is behind the device's last step; the question is void."""
+
+    def __init__(self, checkpoint: int) -> None:
+        super().__init__(f"the edge server has gone back to checkpoint {checkpoint}")
+        self.checkpoint = checkpoint
 
 
 class EdgeLink(Protocol):
     """The edge as its device sees it: the other half of the model and of the adapter.
 
+    Where `checkpoint` is not 0, the edge keeps its state under that number before it answers; see split.proto.
     Every method raises `RefusedError` with the edge's reason, `UnreachableError`, or `WireError` for an answer that does
-    not fit the question.
+    not fit the question. All but `begin` also raise `WentBack`, and `SessionLostError` when the edge knows the session no more.
     """
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        """Train the edge's half on one batch, its learning rate times `rate_factor`, and return the gradient at the cut."""
+    def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
+        """Open a session of this name with a global version, the device having done `last_step` steps before."""
+
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
+        """Train the edge's half on one batch, its learning rate times `rate_factor`, and return the gradient at the cut.
+
+        The edge's `checkpoint` is that before the step.
+        """
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         """Loss and logits of one batch; nothing is trained."""
 
-    def submit(self, submission: str, version: int) -> None:
-        """Have the edge send its half of a submission."""
+    def submit(self, submission: str, version: int, checkpoint: int = 0) -> None:
+        """Have the edge set its half of a submission aside and send it; its `checkpoint` is that afterwards."""
 
-    def adopt(self, version: int, keep_progress: bool) -> None:
-        """Switch the edge's half to a newer global version."""
+    def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
+        """Switch the edge's half to a newer global version; its `checkpoint` is that afterwards."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +88,23 @@ class DeviceTrainer:
         self, half: DeviceHalf, adapter: LocalAdapter, link: EdgeLink, task: str, micro_batch: int = 0, tight: bool = False
     ) -> None:
         self.adapter = adapter
+        self.edge = link
         self._half = half
-        self._link = link
         self._task = task
         self._micro_batch = micro_batch
         self._tight = tight
 
-    def step(self, step: int, batch: Batch, rate_factor: float = 1.0) -> TrainedStep:
+    def step(self, step: int, batch: Batch, rate_factor: float = 1.0, checkpoint: int = 0) -> TrainedStep:
         """Step number `step`, counted from 1: activation out, gradient in, one optimiser step on either side.
 
-        Both halves' learning rate is the schedule's times `rate_factor`.
+        Both halves' learning rate is the schedule's times `rate_factor`. The edge keeps `checkpoint` before it.
         """
         self._half.train()
         self.adapter.mount()
         with phase("forward"):
             activation, cut_batch = self._forward(batch)
         with phase("wait"):
-            result = self._link.step(step, self.adapter.version, cut_batch, rate_factor)
+            result = self.edge.step(step, self.adapter.version, cut_batch, rate_factor, checkpoint)
         if (result.step, result.version) != (step, self.adapter.version):
             raise WireError(
                 f"the edge answered step {result.step} of version {result.version}; step {step} of version"
@@ -113,7 +129,7 @@ class DeviceTrainer:
         truth: list[np.ndarray] = []
         predicted: list[np.ndarray] = []
         for batch in batches:
-            result = self._link.evaluate(self.adapter.version, self._forward(batch)[1])
+            result = self.edge.evaluate(self.adapter.version, self._forward(batch)[1])
             loss_sum, count = loss_sum + result.loss * result.count, count + result.count
             if result.logits is not None and batch.labels is not None:
                 truth.append(batch.labels)
@@ -124,15 +140,14 @@ class DeviceTrainer:
         pair = np.concatenate(truth), np.concatenate(predicted)
         return Figures(mean, count, accuracy(*pair), macro_f1(*pair))
 
-    def take_progress(self, submission: str) -> AdapterState:
-        """Both halves set aside what was learnt since the last submission; the edge sends its own, this returns the device's."""
-        self._link.submit(submission, self.adapter.version)
-        return self.adapter.take_progress()
+    def state(self) -> Tensors:
+        """The adapter's tensors, and what dropout draws from."""
+        return self.adapter.state() | chance.to_arrays(chance.current())
 
-    def adopt(self, version: int, state: AdapterState, keep_progress: bool) -> None:
-        """Both halves go on from global version `version`, of which `state` is the device's half."""
-        self._link.adopt(version, keep_progress)
-        self.adapter.adopt(state, version, keep_progress)
+    def restore(self, tensors: Tensors, version: int) -> None:
+        """Be where the trainer was whose `state` this is. Raises `AdapterError` as `LocalAdapter.restore` does."""
+        self.adapter.restore(tensors, version)
+        chance.use(chance.from_arrays(tensors))
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, CutBatch]:
         """The activation with its graph, and what of the batch leaves the device."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from sfl.device.trainer import Figures
 from sfl.errors import WireError
@@ -41,6 +41,12 @@ class UploadRule(Protocol):
 
     def after_adoption(self, figures: Figures | None) -> None:
         """A new global version was taken over; `figures` are those of its local validation, if the rule validates."""
+
+    def state(self) -> dict[str, Any]:
+        """What it has learnt so far, JSON-serialisable."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where the rule of this kind was whose `state` this is."""
 
 
 class GradientTrigger:
@@ -70,6 +76,12 @@ class GradientTrigger:
             self._mu[layer], self._sigma[layer] = mu, sigma
             fired = fired or norm > mu + factor * self._beta * sigma
         return fired
+
+    def state(self) -> dict[str, Any]:
+        return {"mu": sorted(self._mu.items()), "sigma": sorted(self._sigma.items())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._mu, self._sigma = dict(state["mu"]), dict(state["sigma"])
 
 
 class PerformanceTrigger:
@@ -103,6 +115,12 @@ class PerformanceTrigger:
     def refer_to(self, figures: Figures) -> None:
         """Measure from here on."""
         self._reference = self._value(figures)
+
+    def state(self) -> dict[str, Any]:
+        return {"threshold": self._threshold, "reference": self._reference}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._threshold, self._reference = state["threshold"], state["reference"]
 
     def _value(self, figures: Figures) -> float:
         value = {"loss": figures.loss, "accuracy": figures.accuracy, "f1": figures.f1_macro}.get(self._metric)
@@ -160,6 +178,20 @@ class TriggeredUploads:
         if figures is not None:
             self._performance.refer_to(figures)
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "factor": self.factor,
+            "steps": self._steps,
+            "unseen": self._unseen,
+            "gradient": self._gradient.state(),
+            "performance": self._performance.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.factor, self._steps, self._unseen = state["factor"], state["steps"], state["unseen"]
+        self._gradient.restore(state["gradient"])
+        self._performance.restore(state["performance"])
+
     def _least(self) -> int:
         """Steps between two uploads."""
         return math.ceil(self.factor * self._min_steps - 1e-9)
@@ -191,6 +223,12 @@ class PeriodicUploads:
 
     def after_adoption(self, figures: Figures | None) -> None:
         self._steps = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._steps = state["steps"]
 
 
 def threshold_factor(network: NetworkSense, min_steps: int, upload_s: float, step_s: float) -> float:

@@ -20,9 +20,12 @@ from sfl.edge_server.load import load_half
 from sfl.edge_server.packing import packable, packer
 from sfl.edge_server.provisioning import ProvisioningService
 from sfl.edge_server.service import SplitService
+from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ORDERS, ComputeWorker
-from sfl.errors import SflError
+from sfl.errors import SflError, UnreachableError
+from sfl.identity.node import Node
+from sfl.identity.own import guard_of, node_of
 from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config
@@ -33,6 +36,8 @@ from sfl.telemetry import MetricsWriter, log, peak_rss_mb
 from sfl.v1 import federation_pb2
 from sfl.v1.provision_pb2_grpc import add_ProvisioningServicer_to_server
 from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
+from sfl.watching.health import Health
+from sfl.watching.watch import Watch
 from sfl.wire.adapters import lora_to_wire
 from sfl.wire.channel import check_listen, serve, stop
 from sfl.wire.federation import FederationClient
@@ -53,33 +58,46 @@ def run(settings: EdgeSettings) -> None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    node = node_of(settings, "edge")
     check_listen(settings.listen)
     config = load_config(settings.model)
     lora = resolve_targets(config, settings.lora.spec())
     fingerprint = model_fingerprint(settings.model)
-    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s)
+    federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, node=node)
     try:
         federation.join(_join_request(settings, lora, fingerprint))
         worker = ComputeWorker(ORDERS[settings.order])
         try:
-            asyncio.run(_run(settings, description_of(settings, config, lora, fingerprint), federation, worker))
+            described = description_of(settings, config, lora, fingerprint)
+            asyncio.run(_run(settings, node, described, federation, worker))
         finally:
             worker.stop()
     finally:
         federation.close()
 
 
-async def _run(settings: EdgeSettings, described: Description, federation: FederationClient, worker: ComputeWorker) -> None:
+async def _run(
+    settings: EdgeSettings, node: Node | None, described: Description, federation: FederationClient, worker: ComputeWorker
+) -> None:
     """From the first moment on devices are given what they lack, as they need it to join; they train once all have agreed."""
     told = _stop_signals()
-    server, address = serve(settings.listen)
+    guard = guard_of(settings, node)
+    server, address = serve(settings.listen, node, guard, settings.limits.connections)
     gate = Gate()
     add_SplitTrainingServicer_to_server(gate, server)
-    with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
+    health = Health(server)
+    with Watch(settings) as watch:
+        metrics = watch.metrics
+        watch.report_to(federation, settings.report_s)
+        watch.traffic("federation", federation.traffic)
+        watch.refusals(lambda: guard.refused)
         provisioning = _provisioning(settings, described, metrics)
         if settings.provide:
             add_ProvisioningServicer_to_server(provisioning, server)
+        await health.serving("", "sfl.v1.Provisioning")
+        await health.starting("sfl.v1.SplitTraining")
         await server.start()
+        watch.ready()
         log.info("edge server %s listens on %s", settings.name, address)
         service: SplitService | None = None
         try:
@@ -91,13 +109,32 @@ async def _run(settings: EdgeSettings, described: Description, federation: Feder
             half, slots, initial = await asyncio.wrap_future(loaded)
             engine = EdgeEngine(half, slots, settings.task, described.lora, described.fingerprint)
             versions = EdgeVersions(federation, settings.lowest_cut)
-            service = SplitService(engine, worker, versions, federation, metrics, settings.give_up_s)
+            service = SplitService(
+                engine,
+                worker,
+                versions,
+                federation,
+                metrics,
+                settings.give_up_s,
+                SessionFiles(settings.out / "sessions", lambda: federation.federation),
+                name=settings.name,
+                limits=settings.limits,
+            )
+            service.send_kept()
+            sweeping = asyncio.create_task(service.sweep_hourly(settings.session_keep_s))
+            watch.traffic("devices", service.traffic)
             gate.open(service)
-            await _unless(told, asyncio.to_thread(_propose, federation, _proposal(settings, half), initial))
-            await told.wait()
+            await health.serving("sfl.v1.SplitTraining")
+            loop = asyncio.get_running_loop()
+            federation.on_new_federation = partial(loop.call_soon_threadsafe, service.begin_anew)
+            await _unless(told, _keep_version_0(federation, agreement, _proposal(settings, half), initial))
         finally:
             if service is None:
                 federation.close()  # nothing of a device is on its way to it
+            else:
+                sweeping.cancel()
+                service.stop()
+            await health.stopping()
             await provisioning.close()
             await stop(server, _GRACE_S)
             federation.close()  # or the loop would wait for calls that are still tried again
@@ -146,9 +183,24 @@ def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> f
     )
 
 
-def _propose(federation: FederationClient, header: federation_pb2.ProposalHeader, initial: AdapterState) -> None:
-    if not federation.propose(header, initial):
-        log.info("version 0 is another edge server's, or there are versions already")
+async def _keep_version_0(
+    federation: FederationClient,
+    agreement: federation_pb2.Agreement,
+    header: federation_pb2.ProposalHeader,
+    initial: AdapterState,
+) -> None:
+    """Offer version 0 whenever there is none: at the beginning, and to a federation server that lost its folder.
+
+    Ends by the `SflError` for which this edge server cannot serve the federation any more.
+    """
+    while True:
+        await asyncio.to_thread(federation.until_wanted, agreement)
+        try:
+            accepted = await asyncio.to_thread(federation.propose, header, initial)
+        except UnreachableError as error:  # once it is back, it says again what it wants
+            log.warning("version 0 could not be proposed: %s", error)
+            continue
+        log.info("version 0 is %s", "this edge server's" if accepted else "another edge server's")
 
 
 def _proposal(settings: EdgeSettings, half: EdgeHalf) -> federation_pb2.ProposalHeader:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from google.protobuf.message import DecodeError
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, edge_half
 from sfl.allocator import release_freed_memory
 from sfl.edge_server.shared_adapter import SharedAdapter
-from sfl.errors import RefusedError, WireError
+from sfl.errors import DivergedError, ModelDiffersError, RefusedError, TrainingDiffersError, WireError
+from sfl.model import chance
+from sfl.model.chance import RandomState
 from sfl.model.cut import EdgeHalf, check_cut
 from sfl.model.load import check_max_length
-from sfl.model.local_adapter import LocalAdapter
+from sfl.model.local_adapter import LocalAdapter, values_in
 from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
 from sfl.model.tasks import IGNORED, score
-from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult
+from sfl.state_file import Document, Tensors
+from sfl.v1 import split_pb2
+from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult, open_from_wire, open_to_wire
 
 
 @dataclass
@@ -27,11 +32,12 @@ class Session:
 
     request: SessionRequest
     adapter: LocalAdapter | SharedAdapter
-    random_state: torch.Tensor  # of the default generator, so that no session's dropout depends on another's steps
+    random_state: RandomState  # its own, so that no session's dropout depends on another's steps
     last_step: int = 0
     last_result: StepResult | None = None
     last_submission: str = ""
     progress: AdapterState | None = None  # of `last_submission`
+    checkpoint: int = 0  # the newest that is on disk
     closed: bool = False  # the device said that it is done
 
 
@@ -57,16 +63,16 @@ class EdgeEngine:
     def check(self, request: SessionRequest) -> None:
         """Raise `RefusedError` unless the device's half and this edge's are halves of one model and one adapter."""
         if request.model_fingerprint != self._fingerprint:
-            raise RefusedError(
+            raise ModelDiffersError(
                 f"the base models differ: fingerprint {request.model_fingerprint[:12]} on {request.device},"
                 f" {self._fingerprint[:12]} at the edge; give both the same model"
             )
         if (differing := request.lora.difference(self._lora)) is not None:
-            raise RefusedError(f"the LoRA settings differ between {request.device} and the edge: {differing}")
+            raise TrainingDiffersError(f"the LoRA settings differ between {request.device} and the edge: {differing}")
         if request.task != self.task:
-            raise RefusedError(f"{request.device} trains for {request.task}, this edge for {self.task}")
+            raise TrainingDiffersError(f"{request.device} trains for {request.task}, this edge for {self.task}")
         if request.rank > self._lora.rank:
-            raise RefusedError(
+            raise TrainingDiffersError(
                 f"{request.device} has LoRA rank {request.rank}, above {self._lora.rank}, that of the LoRA settings: lower the"
                 " device's `rank`"
             )
@@ -84,9 +90,10 @@ class EdgeEngine:
         session = self._sessions.get(request.device)
         return session if session is not None and session.request.session == request.session else None
 
-    def open(self, request: SessionRequest, state: AdapterState) -> Session:
+    def open(self, request: SessionRequest, state: AdapterState, last_step: int = 0) -> Session:
         """Begin a session with global version `request.version`; an earlier session of the device ends.
 
+        Of a device that comes from another edge `last_step` is the last step that it has done.
         `state` holds at least the layers from the cut on, those from `lowest_cut` on where sessions share an adapter.
         Raises as `check` does, and `AdapterError` when it does not fit.
         """
@@ -96,8 +103,38 @@ class EdgeEngine:
             adapter = SharedAdapter(self._share(request, state), request.cut, request.version, request.optimizer)
         else:
             adapter = self._adapter(request, state, request.cut)
-        generator = torch.Generator().manual_seed(dropout_seed(request.seed, request.device, "edge"))
-        session = Session(request, adapter, generator.get_state())
+        random_state = chance.seeded(dropout_seed(request.seed, request.device, "edge"))
+        session = Session(request, adapter, random_state, last_step)
+        self._sessions[request.device] = session
+        return session
+
+    def state(self, session: Session) -> tuple[Document, Tensors]:
+        """What `restore` needs, progress that was set aside excepted; without an adapter where sessions share one.
+
+        An adapter that others train too has no state that belongs to one session's step.
+        """
+        document = {
+            "open": open_to_wire(session.request).SerializeToString().hex(),
+            "version": session.adapter.version,
+            "last_step": session.last_step,
+            "last_submission": session.last_submission,
+        }
+        if isinstance(session.adapter, SharedAdapter):
+            return document, {}
+        return document, session.adapter.state() | chance.to_arrays(session.random_state)
+
+    def restore(self, document: Document, tensors: Tensors) -> Session:
+        """Be again in the session whose `state` this is; any other session of the device ends.
+
+        Raises as `check` does if this edge is not what it was, and `AdapterError`, `WireError`, `KeyError`, `ValueError` or
+        `TypeError` for what is no state.
+        """
+        request = request_of(document)
+        self.check(request)
+        version, last_step, last_submission = document["version"], document["last_step"], document["last_submission"]
+        adapter = self._adapter(replace(request, version=version), values_in(tensors), request.cut)
+        adapter.restore(tensors, version)
+        session = Session(request, adapter, chance.from_arrays(tensors), last_step, last_submission=last_submission)
         self._sessions[request.device] = session
         return session
 
@@ -120,18 +157,19 @@ class EdgeEngine:
             release_freed_memory()
             self._trained = session
         activation = batch.activation.requires_grad_()
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(session.random_state)
+        with chance.apart(session.random_state):
             self._half.train()
             session.adapter.mount()
             loss, _ = self._half(activation, batch.attention_mask, batch.labels, session.request.cut)
             if not math.isfinite(loss.item()):
-                raise WireError(f"the loss of step {step} is {loss.item()}: lower the learning rate, and give some token a label")
+                raise DivergedError(
+                    f"the loss of step {step} is {loss.item()}: lower the learning rate, and give some token a label"
+                )
             loss.backward()
-            random_state = torch.get_rng_state()
+            random_state = chance.current()
         norms, gradient = session.adapter.layer_norms(), _gradient(activation)
         if not (all(map(math.isfinite, norms.values())) and torch.isfinite(gradient).all()):
-            raise WireError(f"the gradients of step {step} are not finite: lower the learning rate")
+            raise DivergedError(f"the gradients of step {step} are not finite: lower the learning rate")
         session.random_state = random_state
         session.adapter.step(session.adapter.optimizer.rate(step) * rate_factor)
         result = StepResult(step, version, loss.item(), norms, gradient)
@@ -153,10 +191,13 @@ class EdgeEngine:
     def take_progress(self, session: Session, submission: str, version: int) -> AdapterState:
         """What this half of the device's adapter has learnt and not submitted yet; the same again for the same submission.
 
-        Raises `WireError` when the version is not the session's.
+        Raises `WireError` when the version is not the session's, and for a submission that was taken and sent before this
+        edge was started again.
         """
         self._require_version(session, version)
-        if session.last_submission != submission or session.progress is None:
+        if session.last_submission == submission and session.progress is None:
+            raise WireError(f"submission {submission} of {session.request.device} has long been sent")
+        if session.progress is None or session.last_submission != submission:
             session.progress = session.adapter.take_progress()
             session.last_submission = submission
         return session.progress
@@ -178,6 +219,10 @@ class EdgeEngine:
             del self._sessions[session.request.device]
         if not any(other.request.rules.shared_edge_adapter for other in self._sessions.values()):
             self._shared = None
+
+    def devices(self) -> list[str]:
+        """Those that have a session."""
+        return list(self._sessions)
 
     def is_open(self, session: Session) -> bool:
         """Whether this is still the device's session."""
@@ -215,6 +260,14 @@ class EdgeEngine:
             raise WireError(f"labels must be {what} below {count}; some are not")
 
 
+def request_of(document: Document) -> SessionRequest:
+    """The request that opened the session whose state has this document. Raises as `EdgeEngine.restore` does."""
+    try:
+        return open_from_wire(split_pb2.Open.FromString(bytes.fromhex(document["open"])))
+    except DecodeError as error:
+        raise WireError(f"a session's state does not hold the request that opened it: {error}") from error
+
+
 def _require_alike(request: SessionRequest, first: SessionRequest) -> None:
     """Raise `RefusedError` unless a device can train the adapter that others share; rates may differ."""
     mine, theirs = request.optimizer, first.optimizer
@@ -225,7 +278,7 @@ def _require_alike(request: SessionRequest, first: SessionRequest) -> None:
         ("rules", request.rules, first.rules),
     ):
         if value != other:
-            raise RefusedError(
+            raise TrainingDiffersError(
                 f"{request.device} cannot share the edge's adapter with {first.device}: {what} {value} against {other}; give all"
                 " devices the same"
             )

@@ -19,13 +19,14 @@ from sfl.cache.key import HalfKey
 from sfl.cache.lock import FileLock
 from sfl.cache.manifest import Manifest
 from sfl.edge_server.packing import Packer
-from sfl.errors import ModelError, RefusedError, SflError, UnreachableError, WireError
+from sfl.errors import ModelError, NotProvidedError, SflError, UnreachableError, WireError
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import provision_pb2 as pb
 from sfl.v1.provision_pb2_grpc import ProvisioningServicer
 from sfl.v1.split_pb2 import Heartbeat
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.provision import CHUNK_BYTES, Description, description_to_wire, key_from_wire, manifest_to_wire
+from sfl.wire.refusals import refuse
 
 Result = TypeVar("Result")
 
@@ -51,6 +52,7 @@ class ProvisioningService(ProvisioningServicer):
         self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.Description]
     ) -> pb.Description:
         reply = description_to_wire(self._description)
+        reply.time = time.time()
         self.bytes_sent += reply.ByteSize()
         return reply
 
@@ -108,16 +110,16 @@ class ProvisioningService(ProvisioningServicer):
     def _checked(self, device: str, half: pb.Half) -> HalfKey:
         key, own = key_from_wire(half), self._description
         if key.source != own.source:
-            raise RefusedError(
+            raise NotProvidedError(
                 f"{device} asks for halves of source {key.source[:12]}, this edge has {own.source[:12]} ({own.base_model}):"
                 " it was started again with another model, configuration or tokenizer; start the device again"
             )
         if not own.lowest_cut <= key.cut < own.num_layers:
-            raise RefusedError(
+            raise NotProvidedError(
                 f"{device} asks for cut {key.cut}, this edge serves cuts from {own.lowest_cut} to {own.num_layers - 1}"
             )
         if key.precision not in own.precisions:
-            raise RefusedError(f"{device} asks for {key.precision}, this edge can pack {', '.join(own.precisions)}")
+            raise NotProvidedError(f"{device} asks for {key.precision}, this edge can pack {', '.join(own.precisions)}")
         return key
 
     async def _whole(self, key: HalfKey) -> Manifest:
@@ -201,5 +203,9 @@ def _note_failure(half: asyncio.Task[Manifest]) -> None:
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SflError) -> NoReturn:
     """End a call: UNAVAILABLE where the device should try again, a refusal otherwise."""
-    code = {UnreachableError: grpc.StatusCode.UNAVAILABLE, WireError: grpc.StatusCode.INVALID_ARGUMENT}
-    await context.abort(code.get(type(error), grpc.StatusCode.FAILED_PRECONDITION), str(error))
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    if isinstance(error, UnreachableError):
+        code = grpc.StatusCode.UNAVAILABLE
+    elif isinstance(error, WireError):
+        code = grpc.StatusCode.INVALID_ARGUMENT
+    await refuse(context, code, error)

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from sfl.adapters.state import AdapterState
+from sfl.connection_settings import LimitSettings
 from sfl.edge_server.engine import EdgeEngine, Session
+from sfl.edge_server.keeper import Keeper
+from sfl.edge_server.session_files import SessionFiles
+from sfl.edge_server.uploads import HalfUploads, TakenHalf
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker
-from sfl.errors import RefusedError, SflError, WireError
+from sfl.errors import LimitError, SflError, StateWriteError, WireError
 from sfl.telemetry import MetricsWriter, log
-from sfl.v1 import federation_pb2, split_pb2
+from sfl.v1 import split_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.v1.split_pb2_grpc import SplitTrainingServicer
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Assembler, Traffic, frames
+from sfl.wire.refusals import refuse
 from sfl.wire.split import (
     CutBatch,
     SessionRequest,
+    Standing,
     StepResult,
     batch_from_wire,
     evaluation_to_wire,
     open_from_wire,
     rate_factor_from_wire,
+    standing_from_wire,
     step_to_wire,
 )
 from sfl.wire.tensors import RawTensor
@@ -36,13 +44,13 @@ from sfl.wire.tensors import RawTensor
 Answer = tuple[EdgeMessage, list[RawTensor]]
 Result = TypeVar("Result")
 
-MAX_BATCH_BYTES = 2**30  # of one request: 64 texts of 2048 tokens in bf16 at a hidden size of 4096, say
-
 
 class SplitService(SplitTrainingServicer):
     """Takes requests apart, has them computed, and sends the halves of submissions on to the federation server.
 
-    `keep_s` is how long the session of a device that is gone waits for its return.
+    `keep_s` is how long the session of a device that is gone waits for its return in memory; in `files`, where its
+    checkpoints are kept, it waits longer. Without `files` a session ends with this service.
+    Whatever changes a session, its file included, is done by the worker, and so one thing at a time.
     """
 
     def __init__(
@@ -53,6 +61,9 @@ class SplitService(SplitTrainingServicer):
         federation: FederationClient,
         metrics: MetricsWriter,
         keep_s: float,
+        files: SessionFiles | None = None,
+        name: str = "",
+        limits: LimitSettings | None = None,
     ) -> None:
         self.traffic = Traffic()
         self.steps = 0
@@ -62,9 +73,34 @@ class SplitService(SplitTrainingServicer):
         self._federation = federation
         self._metrics = metrics
         self._keep_s = keep_s
+        self._name = name
+        self._limits = limits or LimitSettings()
+        self._uploads = HalfUploads(federation)
+        self._files = files
+        self._keeper = Keeper(engine, self._uploads, files)
+        self._stopping = asyncio.Event()
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
-        self._uploads: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # device -> submission -> its half on its way
+
+    def send_kept(self) -> None:
+        """Begin to send the halves that an earlier edge server had taken and not sent, as its files say."""
+        for half in self._files.halves() if self._files is not None else ():
+            self._uploads.start(half)
+
+    def begin_anew(self) -> None:
+        """The federation is another one: its versions are others, and halves that were taken for the last are of no use."""
+        self._versions.forget()
+        self._uploads.drop()
+
+    def stop(self) -> None:
+        """Answer what has been asked, and end the streams; their devices find their sessions when the edge is back."""
+        self._stopping.set()
+
+    async def sweep_hourly(self, keep_s: float) -> None:
+        """Delete, now and then, the files of devices that have not been here for so long; never ends."""
+        while self._files is not None:
+            await asyncio.to_thread(self._files.sweep, keep_s, self._engine.devices())
+            await asyncio.sleep(min(keep_s, 3600.0))
 
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]
@@ -76,10 +112,13 @@ class SplitService(SplitTrainingServicer):
         assembler: Assembler[DeviceMessage] = Assembler(self.traffic, max_bytes=0)  # no tensors before a session
         stream = _Stream()
         work: asyncio.Future[Any] | None = None  # what is being waited for
+        stopping = asyncio.create_task(self._stopping.wait())
         try:
             while True:
                 work = arrival = asyncio.ensure_future(anext(requests, None))
-                while not await _done(arrival, HEARTBEAT_S if assembler.incomplete else None):
+                while not await _done(arrival, HEARTBEAT_S if assembler.incomplete else None, or_else=stopping):
+                    if stopping.done():
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "the edge server is told to stop")
                     yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
                 frame = arrival.result()
                 if frame is None:
@@ -92,14 +131,20 @@ class SplitService(SplitTrainingServicer):
                 while not await _done(answer, HEARTBEAT_S):
                     yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
                 if stream.session is not None:
-                    assembler.max_bytes = MAX_BATCH_BYTES
+                    assembler.max_bytes = round(self._limits.request_mb * 1e6)
                 for reply in frames(*answer.result(), self.traffic):
                     yield reply
+        except StateWriteError as error:  # the device asks again, and by then there may be room
+            log.error("%s", error)
+            await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
         except WireError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        except LimitError as error:
+            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
         except SflError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, error)
         finally:
+            stopping.cancel()
             if work is not None:
                 work.cancel()
             self._detach(stream)
@@ -117,26 +162,60 @@ class SplitService(SplitTrainingServicer):
             return await self._submit(session, message.submit)
         if kind == "adopt":
             return await self._adopt(session, message.adopt)
+        if kind == "pause":
+            return await self._pause(session, message.pause)
         return await self._close(session)
 
     async def _open(self, stream: _Stream, message: split_pb2.Open) -> Answer:
         if stream.session is not None:
             raise WireError("a stream speaks for one session, and this one has opened it before")
-        request = open_from_wire(message)
-        session = self._engine.resume(request)
-        if session is None:
-            self._engine.check(request)
-            self._uploads.pop(request.device, None)  # those of an earlier session
-            state = await self._versions.get(request.version, request.rank)
-            # Another stream of the device may have opened it in the meantime.
-            session = await self._compute(request, lambda: self._engine.resume(request) or self._engine.open(request, state))
-            log.info("%s opened a session at cut %d with version %d", request.device, request.cut, request.version)
-        else:
+        request, standing = open_from_wire(message), standing_from_wire(message)
+        session = None if standing.restored else self._engine.resume(request)
+        self._require_room(request)
+        if session is not None:
             log.info("%s is back after step %d", request.device, session.last_step)
+        elif (session := await self._compute(request, partial(self._keeper.restored, request, standing))) is not None:
+            step, checkpoint = session.last_step, session.checkpoint
+            log.info("%s goes on from checkpoint %d, step %d", request.device, checkpoint, step)
+            self._metrics.write("resume", device=request.device, step=step, checkpoint=checkpoint)
+        if not standing.resume:
+            session = await self._begun(request, standing)
+        if session is None:
+            return EdgeMessage(opened=split_pb2.Opened(lost=True, edge=self._name)), []
         stream.session = session
         self._streams[request.device] = stream
         self._stop_expiry(request.device)
-        return EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step)), []
+        for half in self._uploads.unsent(request.device):
+            self._uploads.start(half)
+        self._tell(session, "open")
+        opened = split_pb2.Opened(last_step=session.last_step, checkpoint=session.checkpoint, edge=self._name)
+        return EdgeMessage(opened=opened), []
+
+    async def _begun(self, request: SessionRequest, standing: Standing) -> Session:
+        """The session that begins, or has begun when its device asked before."""
+        state: AdapterState = {}
+        if self._engine.resume(request) is None:
+            self._engine.check(request)
+            self._uploads.end_session(request.device)
+            state = await self._versions.get(request.version, request.rank)
+            log.info("%s opens a session at cut %d with version %d", request.device, request.cut, request.version)
+
+        def begin() -> Session:
+            # Another stream of the device may have opened it in the meantime.
+            session = self._engine.resume(request) or self._engine.open(request, state, standing.last_step)
+            self._keeper.keep(session, standing.first_checkpoint)
+            return session
+
+        return await self._compute(request, begin)
+
+    def _require_room(self, request: SessionRequest) -> None:
+        """Raise `LimitError` when this edge server has as many sessions as it may."""
+        devices = self._engine.devices()
+        if request.device not in devices and len(devices) >= self._limits.sessions:
+            raise LimitError(
+                f"{self._name or 'the edge server'} has sessions with {len(devices)} devices, as many as limits.sessions allows:"
+                f" raise it there, or connect {request.device} to another edge server"
+            )
 
     async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
         loop = asyncio.get_running_loop()
@@ -144,12 +223,13 @@ class SplitService(SplitTrainingServicer):
 
         def compute() -> StepResult:
             started, before = loop.time(), session.last_step
+            self._keeper.keep(session, message.checkpoint)
             result = self._engine.step(session, message.step, message.version, self._batch(session, tensors), factor)
             if session.last_step > before:  # and so not answered again; counted even if the device is gone by now
                 loop.call_soon_threadsafe(self._count, session, result, loop.time() - started, started - arrived)
             return result
 
-        done, answer = step_to_wire(await self._compute(session.request, compute))
+        done, answer = step_to_wire(await self._in(session, compute))
         return EdgeMessage(step=done), answer
 
     def _count(self, session: Session, result: StepResult, wall_s: float, queue_s: float) -> None:
@@ -165,9 +245,7 @@ class SplitService(SplitTrainingServicer):
         )
 
     async def _evaluate(self, session: Session, message: split_pb2.Evaluate, tensors: list[RawTensor]) -> Answer:
-        result = await self._compute(
-            session.request, lambda: self._engine.evaluate(session, message.version, self._batch(session, tensors))
-        )
+        result = await self._in(session, lambda: self._engine.evaluate(session, message.version, self._batch(session, tensors)))
         evaluated, answer = evaluation_to_wire(result)
         return EdgeMessage(evaluated=evaluated), answer
 
@@ -175,51 +253,66 @@ class SplitService(SplitTrainingServicer):
         return batch_from_wire(tensors, self._engine.hidden_size, session.request.dtype, self._engine.task == "causal-lm")
 
     async def _submit(self, session: Session, message: split_pb2.SubmitHalf) -> Answer:
-        device = session.request.device
-        uploads = self._uploads.setdefault(device, {})
-        if message.submission not in uploads:
-            progress = await self._compute(
-                session.request, lambda: self._engine.take_progress(session, message.submission, message.version)
-            )
-            uploads[message.submission] = asyncio.create_task(self._upload(device, message, progress))
+        """Set a half aside. Only what is kept in a checkpoint, if the device keeps any, is sent on."""
+        device, loop = session.request.device, asyncio.get_running_loop()
+
+        def take() -> None:
+            progress = self._engine.take_progress(session, message.submission, message.version)
+            half = TakenHalf(device, message.submission, message.version, progress)
+            self._keeper.keep(session, message.checkpoint, half)
+            loop.call_soon_threadsafe(self._uploads.start, half)  # even if the device is gone by now
+
+        if not self._uploads.knows(device, message.submission):
+            await self._in(session, take)
             self._metrics.write("submit", device=device, submission=message.submission, version=message.version)
         return EdgeMessage(submitted=split_pb2.HalfTaken(submission=message.submission)), []
 
-    async def _upload(self, device: str, message: split_pb2.SubmitHalf, progress: AdapterState) -> SflError | None:
-        """Send a half on; returns what kept it from arriving, as nobody asks a device's last upload when it never closes."""
-        header = federation_pb2.UpdateHeader(
-            submission=message.submission, device=device, half=federation_pb2.EDGE, version=message.version
-        )
-        try:
-            await asyncio.to_thread(self._federation.submit, header, progress)
-        except SflError as error:
-            log.error("the edge's half of %s's submission %s is lost: %s", device, message.submission, error)
-            return error
-        return None
-
     async def _adopt(self, session: Session, message: split_pb2.Adopt) -> Answer:
-        if message.version != session.adapter.version:
-            state = await self._versions.get(message.version, session.request.rank)
-            await self._compute(
-                session.request, lambda: self._engine.adopt(session, message.version, state, message.keep_progress)
-            )
-            self._metrics.write("adopt", device=session.request.device, step=session.last_step, version=message.version)
+        if message.version != session.adapter.version or message.checkpoint != session.checkpoint:
+            state: AdapterState = {}
+            if message.version != session.adapter.version:
+                state = await self._versions.get(message.version, session.request.rank)
+
+            def adopt() -> bool:
+                newer = message.version != session.adapter.version  # than another stream of the device has left it
+                self._engine.adopt(session, message.version, state, message.keep_progress)
+                self._keeper.keep(session, message.checkpoint)
+                return newer
+
+            if await self._in(session, adopt):
+                self._metrics.write("adopt", device=session.request.device, step=session.last_step, version=message.version)
         return EdgeMessage(adopted=split_pb2.Adopted(version=message.version)), []
+
+    async def _pause(self, session: Session, message: split_pb2.Pause) -> Answer:
+        """Keep the session on disk alone."""
+        await self._in(session, lambda: self._keeper.keep(session, message.checkpoint))
+        if self._files is not None and not session.request.rules.shared_edge_adapter:
+            session.closed = True
+            self._engine.close(session)
+        log.info("%s stops for now after step %d", session.request.device, session.last_step)
+        return EdgeMessage(paused=split_pb2.Paused()), []
 
     async def _close(self, session: Session) -> Answer:
         """Wait until the federation server has this device's halves: only then is the device done.
 
         The session stays as if the device had gone: should this answer be lost, it comes back and closes once more.
         """
-        uploads = list(self._uploads.get(session.request.device, {}).values())
-        if uploads:
-            await asyncio.wait(uploads)
-        for upload in uploads:
-            if (error := upload.result()) is not None:
-                raise RefusedError(f"a submitted half did not reach the federation server: {error}")
+        await self._uploads.finish(session.request.device)
         session.closed = True
+        files = self._files
+        if files is not None:
+            await self._in(session, lambda: files.delete(session.request.device))
         log.info("%s closed its session after step %d", session.request.device, session.last_step)
         return EdgeMessage(closed=split_pb2.Closed()), []
+
+    async def _in(self, session: Session, compute: Callable[[], Result]) -> Result:
+        """`_compute` for a session, unless it is not the device's any more when its turn comes."""
+
+        def guarded() -> Result:
+            self._require_open(session)
+            return compute()
+
+        return await self._compute(session.request, guarded)
 
     async def _compute(self, request: SessionRequest, compute: Callable[[], Result]) -> Result:
         """Have the worker do it. It alone touches tensors: OpenMP keeps threads for each thread that computes, and with more
@@ -230,9 +323,14 @@ class SplitService(SplitTrainingServicer):
         session = stream.session
         if session is None:
             raise WireError("the first message of a stream must open a session")
-        if self._streams.get(session.request.device) is not stream or not self._engine.is_open(session):
-            raise WireError(f"another stream has taken over the session of {session.request.device}")
+        if self._streams.get(session.request.device) is not stream:
+            raise _taken_over(session)
+        self._require_open(session)
         return session
+
+    def _require_open(self, session: Session) -> None:
+        if not self._engine.is_open(session):
+            raise _taken_over(session)
 
     def _detach(self, stream: _Stream) -> None:
         session = stream.session
@@ -242,6 +340,7 @@ class SplitService(SplitTrainingServicer):
         del self._streams[device]
         if not session.closed:
             log.warning("%s is gone after step %d; its session is kept for %g s", device, session.last_step, self._keep_s)
+        self._tell(session, "closed" if session.closed else "gone")
         self._stop_expiry(device)
         self._expiries[device] = asyncio.get_running_loop().call_later(self._keep_s, self._forget, session)
 
@@ -251,12 +350,23 @@ class SplitService(SplitTrainingServicer):
 
     def _forget(self, session: Session) -> None:
         del self._expiries[session.request.device]
-        self._uploads.pop(session.request.device, None)
+        self._uploads.end_session(session.request.device)
         self._engine.close(session)
+        self._tell(session, "forgotten")
+
+    def _tell(self, session: Session, state: str) -> None:
+        self._metrics.write("session", device=session.request.device, state=state, step=session.last_step)
 
 
-async def _done(work: asyncio.Future[Any], within_s: float | None) -> bool:
-    return bool((await asyncio.wait({work}, timeout=within_s))[0])
+async def _done(work: asyncio.Future[Any], within_s: float | None, or_else: asyncio.Future[Any] | None = None) -> bool:
+    """Whether `work` is done, once it is, or `or_else`, or the time is over."""
+    others = set[asyncio.Future[Any]]() if or_else is None else {or_else}
+    await asyncio.wait({work} | others, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+    return work.done()
+
+
+def _taken_over(session: Session) -> WireError:
+    return WireError(f"another stream has taken over the session of {session.request.device}")
 
 
 class _Stream:

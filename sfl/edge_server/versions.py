@@ -32,6 +32,10 @@ class EdgeVersions:
                 del self._fetches[old]
         return await asyncio.shield(fetch)
 
+    def forget(self) -> None:
+        """The federation has begun anew: its versions are others."""
+        self._fetches.clear()
+
 
 def _failed(fetch: asyncio.Task[AdapterState]) -> bool:
     return fetch.done() and (fetch.cancelled() or fetch.exception() is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sfl.errors import RefusedError
+from sfl.errors import RefusedError, TrainingDiffersError
 from sfl.fed_server.members import Member
 
 
@@ -23,7 +23,7 @@ def check_labels(member: Member, allowed: Sequence[str]) -> None:
     or without any."""
     unknown = sorted(set(member.labels) - set(allowed))
     if allowed and unknown:
-        raise RefusedError(
+        raise TrainingDiffersError(
             f"{member.describe()} has the label '{unknown[0]}', which is not among those agreed: {', '.join(allowed)};"
             " name all labels with `labels` in the federation server's settings"
         )

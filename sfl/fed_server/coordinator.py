@@ -7,26 +7,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from sfl.adapters.layout import AdapterLayout
-from sfl.adapters.peft_format import AdapterWriteError
-from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half, require_same_keys
-from sfl.errors import AdapterError, RefusedError, SettingsError, SflError
+from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half
+from sfl.errors import (
+    AdapterError,
+    FinishedError,
+    RefusedError,
+    SettingsError,
+    SflError,
+    StateDiffersError,
+    UnknownMemberError,
+)
 from sfl.fed_server import server_state
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.agreement import Agreement, agree, check_labels
-from sfl.fed_server.members import Member, Roster, UnknownMemberError
+from sfl.fed_server.contents import Contents
+from sfl.fed_server.intake import Intake
+from sfl.fed_server.ledger import Ledger
+from sfl.fed_server.members import Member, Presence, Roster
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.recovery import settle_accounts, take_stock
+from sfl.fed_server.roster_file import RosterFile
 from sfl.fed_server.strategies import make_strategy
 from sfl.fed_server.version_maker import VersionMaker
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2 as pb
-
-GREATEST = 1e6  # absolute value in an update: factors are of the order of one, and sums of squares of more may overflow
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,15 @@ class Federation:
     """All that the federation server decides. No gRPC, no asyncio: one thread calls it, and `tick` once a second.
 
     `on_change` is called when something has changed that watchers should hear: `agreement`, `examples`, `version`,
-    `finished`, `failure`, or the number of joined devices. `clock` gives seconds that never go back. Updates wait on disk in
-    `pool`, without it in a temporary folder. Raises `SettingsError` for labels that cannot be, or are not those of the
-    versions that the store resumes from, and for a robust rule that the expected devices are too few for.
+    `finished`, `failure`, or the number of joined devices. `clock` gives seconds that never go back.
+
+    What must outlive the process is in `out`: the pool of updates, the ledger and the roster. With the versions they are all that
+    a server needs to go on where another one was killed; nothing is acknowledged before the disk has it. Without `out` updates
+    wait in a temporary folder. `id` is the same for all servers that go on with the same federation.
+
+    Raises `SettingsError` for labels that cannot be, or are not those of the versions that the store resumes from, and for a
+    robust rule that the expected devices are too few for; `StateError` when what is in `out` is damaged, in use, or another
+    federation's; `AdapterWriteError` or `StateWriteError` when it cannot be written.
     """
 
     def __init__(
@@ -53,13 +67,11 @@ class Federation:
         store: VersionStore,
         metrics: MetricsWriter,
         clock: Callable[[], float] = time.monotonic,
-        pool: Path | None = None,
+        out: Path | None = None,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self.agreement: Agreement | None = None
         self.failure: SflError | None = None  # why no agreement will ever be reached
-        self.finished = False
-        self.refused = 0  # updates
         if len(settings.labels) == 1:
             raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
@@ -69,9 +81,14 @@ class Federation:
         remembered = None if newest is None else server_state.load(store, newest, make_strategy(settings.strategy))
         self._aggregation = Aggregation(settings, remembered)
         self._strategy = self._aggregation.strategy
-        self._pool = Pool(pool, settings.half_expires_s, clock)
+        self._ledger = Ledger(out)
+        stock = take_stock(self._ledger, store)
+        self.id, self._proposer = stock.federation, stock.proposer
+        pool = None if out is None else out / "pool"
+        version = -1 if newest is None else newest.number
+        self._pool = Pool(pool, settings.half_expires_s, clock, self._ledger.accepted, stock.settled(), version)
+        settle_accounts(self._ledger, stock, self._pool)
         self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
-        self._proposer: str | None = None
         self._roster = Roster(
             settings.devices,
             settings.away_after_s,
@@ -81,11 +98,24 @@ class Federation:
             folder=str(store.folder),
             shared_edge_adapter=self._strategy.shared_edge_adapter,
         )
+        self._intake = Intake(settings, self._aggregation, self._pool, self._roster, self._reach, store, metrics, self._ledger)
         self._maker = VersionMaker(
-            settings, self._aggregation, self._pool, self._roster, self._reach, store, metrics, self.refuse
+            settings,
+            self._aggregation,
+            self._pool,
+            self._roster,
+            self._reach,
+            store,
+            metrics,
+            self._intake.refuse,
+            self._ledger,
+            self.id,
         )
+        self._roster_file = RosterFile(out, self._roster, self._reach)
+        self.finished = self._ended = self._roster_file.finished  # an earlier server's run: the first device begins another one
         if newest is not None:
             self._resume(newest)
+        self._tell_resumed()
 
     def _resume(self, newest: Version) -> None:
         folder, labels, layout = self._store.folder, self._settings.labels, newest.layout
@@ -94,8 +124,28 @@ class Federation:
                 f"the settings name the labels {', '.join(labels)}, but {folder} holds versions for"
                 f" {', '.join(layout.labels) or 'none'}: choose another folder with `adapters`"
             )
-        log.info("resuming from version %d in %s; choose another folder with `adapters` to start anew", newest.number, folder)
+        log.info("resuming from version %d in %s; choose another `out` to start anew", newest.number, folder)
         self.agreement = Agreement(layout.labels, layout.columns, layout.max_length)
+
+    def _tell_resumed(self) -> None:
+        """Say what an earlier server has left, if that is more than versions."""
+        pooled, halves, members = sum(self._pool.counts().values()), len(self._pool.halves()), self._roster_file.restored
+        if not (pooled or halves or members):
+            return
+        log.info(
+            "going on where an earlier server ended: %d members, %d submissions and %d halves in the pool",
+            members,
+            pooled,
+            halves,
+        )
+        self._metrics.write("resume", version=self.version, members=members, pooled=pooled, halves=halves)
+        self._agree()
+
+    def close(self) -> None:
+        """Write what there was no room for, if there is now, and let another server have `out`."""
+        if self._roster_file.behind:
+            self._roster_file.keep(self.finished)
+        self._ledger.close()
 
     @property
     def version(self) -> int | None:
@@ -124,6 +174,11 @@ class Federation:
         return self._pool.submissions()
 
     @property
+    def refused(self) -> int:
+        """Updates that were not used."""
+        return self._intake.refused
+
+    @property
     def adapter_bytes(self) -> int:
         """Size of the global adapter in bytes, 0 before version 0."""
         newest = self._store.newest()
@@ -141,16 +196,22 @@ class Federation:
 
     # Joining and agreeing
 
-    def join(self, member: Member) -> None:
-        """Take `member` in, or back. Raises `RefusedError` naming what does not fit, with both values."""
+    def check(self, member: Member) -> None:
+        """Raise `RefusedError` naming what does not fit, with both values, where `join` would; changes nothing."""
         if self.failure is not None:
             raise self.failure
-        known = self._roster.knows(member.name)
-        if self.finished and member.role == "device" and not known:
-            raise RefusedError(f"{member.describe()} cannot join: the federation has finished; start its server again")
-        self._roster.check(member)
+        if self.finished and not self._ended and member.role == "device":
+            raise FinishedError(f"{member.describe()} cannot join: the federation has finished; start its server again")
+        self._roster.check(member, anew=self._ended)
         if member.role == "device" and member.task == "classification":
             check_labels(member, self.agreement.labels if self.agreement is not None else self._settings.labels)
+
+    def join(self, member: Member) -> None:
+        """Take `member` in, or back. Raises as `check` does."""
+        self.check(member)
+        if self._ended and member.role == "device":
+            self._begin_anew()
+        known = self._roster.knows(member.name)
         before = self._roster.add(member)
         if before is not None and (before.cut, before.own_rank) != (member.cut, member.own_rank):
             self._log_expired(self._pool.drop(member.name))  # they are halves at the old cut and rank
@@ -160,7 +221,14 @@ class Federation:
             log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
         self._agree()
+        self._roster_file.keep(self.finished)
         self.on_change()
+
+    def _begin_anew(self) -> None:
+        """Begin another run from the last version of one that an earlier server has finished."""
+        self.finished = self._ended = False
+        self._roster.forget_devices()
+        log.info("the earlier run had finished: another one begins with version %s", self.version)
 
     def _agree(self) -> None:
         if self.agreement is not None:
@@ -202,8 +270,10 @@ class Federation:
             columns=self.agreement.columns,
             max_length=self.agreement.max_length,
         )
-        self._store.publish(0, state, layout)
+        held = Contents(self.id, edge=edge)
+        self._store.publish(0, state, layout, held.files())
         self._proposer = edge
+        self._ledger.published(0, held)
         log.info("version 0 comes from %s: %d tensors, %.1f MB", member.describe(), len(state), byte_size(state) / 1e6)
         self.on_change()
         return True
@@ -231,89 +301,66 @@ class Federation:
     # Updates
 
     def submit(self, half: Half, state: AdapterState) -> None:
-        """Take one half of an update; nothing happens when it had arrived before.
-
-        Raises `RefusedError` for a device or version that is unknown and for halves that do not belong together,
-        `AdapterError` when the tensors are not exactly that half of an update at the device's cut and rank, or hold values that
-        are not finite or beyond `GREATEST`, and `AdapterWriteError` when they cannot be kept; trying again may help then.
-        """
-        try:
-            self._submit(half, state)
-        except (UnknownMemberError, AdapterWriteError):  # the sender does what helps, and tries again
-            raise
-        except SflError as error:
-            self.refuse(half.device, half.submission, str(error))
-            raise
-
-    def refuse(self, device: str | None, submission: str | None, reason: str) -> None:
-        """Count an update, or what was meant to be one, that is not used; None where it is not even known whose it is."""
-        self.refused += 1
-        self._metrics.write("refused", device=device, submission=submission, reason=reason)
-
-    def _submit(self, half: Half, state: AdapterState) -> None:
-        device = self._roster.device(half.device)
-        if half.half == "device":
-            self._roster.heard(half.device)
-        if self._pool.knows(half):
-            log.debug("the %s half of submission %s of device '%s' came again", half.half, half.submission, half.device)
-            self._metrics.write("duplicate", device=half.device, submission=half.submission, half=half.half)
-            if half.failures and self._reach is not None:
-                self._reach.resent(half.device)
-            return
-        newest = self._check(half, device)
-        if self._too_old(half, newest.number):
-            return
-        part = device_half if half.half == "device" else edge_half
-        require_same_keys(state, part(self._aggregation.trained(newest.state, device.own_rank), device.cut))
-        for key, value in state.items():
-            if not np.isfinite(value).all():
-                raise AdapterError(f"adapter tensor {key} of an update of {device.describe()} holds values that are not finite")
-            if max(value.max(initial=0.0), -value.min(initial=0.0)) > GREATEST:
-                raise AdapterError(
-                    f"adapter tensor {key} of an update of {device.describe()} holds values above {GREATEST:g}, which no training"
-                    " makes: lower the device's learning rate"
-                )
-        whole = self._pool.add(half, state, device.own_rank, device.cut)
-        if half.half == "device":
-            self._note_link(half)
+        """Take one half of an update, as `Intake.take` does; the version that it makes possible is made."""
+        whole = self._intake.take(half, state, self.finished)
+        if self._reach is not None and half.half == "device":
+            self._roster_file.keep(self.finished)
         if whole and self._maker.make_if_due():
             self.on_change()
 
-    def _note_link(self, half: Half) -> None:
-        link = {"bytes_per_s": half.bytes_per_s, "round_trip_s": half.round_trip_s, "failures": half.failures}
-        self._metrics.write("upload", device=half.device, submission=half.submission, version=half.version, **link)
-        if self._reach is not None:
-            self._reach.uploaded(half.device, half.failures)
+    def has_whole(self, half: Half) -> bool:
+        """Whether the submission whose half has been submitted does not wait for its other half."""
+        return (half.device, half.submission) not in self._pool.halves()
 
-    def _check(self, half: Half, device: Member) -> Version:
-        """The newest version. Raises `RefusedError` unless the half can belong to an update of it or an earlier one."""
-        newest = self._store.newest()
-        if not half.submission:
-            raise RefusedError(f"a submission of {device.describe()} has no id")
-        if newest is None or half.version > newest.number:
-            raise RefusedError(
-                f"{device.describe()} submitted an update of version {half.version}, but the newest is"
-                f" {'none' if newest is None else newest.number}"
-            )
-        if self.finished:
-            raise RefusedError(f"{device.describe()} submitted an update after the federation had finished")
-        return newest
+    def refuse(self, device: str | None, submission: str | None, reason: str) -> None:
+        """Count an update, or what was meant to be one, that is not used; None where it is not even known whose it is."""
+        self._intake.refuse(device, submission, reason)
 
-    def _too_old(self, half: Half, newest: int) -> bool:
-        """Whether a half is more than `max_lag` versions behind; it is set aside then, and its sender not told.
+    def serves_on(self, name: str) -> bool:
+        """Whether the member `name` goes on when the federation has finished: edge servers do, for the next run."""
+        return self._roster.get(name).role == "edge"
 
-        A device that is slow has done nothing wrong and goes on, which an error would end. Of two halves, the first decides.
-        """
-        limit, lag = self._settings.strategy.max_lag, newest - half.version
-        if not limit or lag <= limit or self._pool.waits_for(half):
-            return False
-        if self._pool.set_aside(half):
-            reason = f"it stems from version {half.version}, {lag} behind the newest: strategy.max_lag is {limit}"
-            log.warning("submission %s of device '%s' is refused: %s", half.submission, half.device, reason)
-            self.refuse(half.device, half.submission, reason)
-        return True
+    def edges(self) -> list[str]:
+        """The edge servers that are there."""
+        return self._roster.edges()
+
+    def serves(self, device: str, edge: str) -> bool | None:
+        """Whether an edge server may submit halves of a device; None where that is not known yet."""
+        return self._roster.serves(device, edge)
+
+    # What there is to see
+
+    def presences(self) -> list[Presence]:
+        """All members, and who of them is there."""
+        return self._roster.presences()
+
+    def pooled(self) -> list[str]:
+        """Devices that have updates in the pool."""
+        return sorted(self._pool.counts())
+
+    def submissions_by_device(self) -> dict[str, int]:
+        """Whole submissions so far, by device."""
+        return self._pool.ever()
 
     # Presence and time
+
+    def heard(self, name: str) -> Member:
+        """Note that `name` is alive; the member. Raises `UnknownMemberError` when it has not joined."""
+        self._roster.heard(name)
+        return self._roster.get(name)
+
+    def require_own(self, member: Member, federation: str) -> None:
+        """Raise `StateDiffersError` for a device that has trained with the versions of another federation."""
+        if member.role == "device" and federation not in ("", self.id):
+            raise StateDiffersError(
+                f"{member.describe()} has trained with versions that this federation server does not have: it was given another"
+                " folder, or its files are gone; give it those back, or start the device anew, too"
+            )
+
+    def require_id(self, federation: str) -> None:
+        """Raise `UnknownMemberError` when a member has joined another federation, or none."""
+        if federation and federation != self.id:
+            raise UnknownMemberError("this is another federation than the one that was joined: join again")
 
     def watch_begins(self, name: str) -> None:
         """`name` has opened a watch. Raises `UnknownMemberError` when it has not joined."""
@@ -323,14 +370,28 @@ class Federation:
         """A watch of `name` is over."""
         self._roster.watch_ends(name)
 
+    def trained(self, name: str) -> None:
+        """A device has done its steps and submitted what came of them: rounds do not wait for it while it evaluates.
+
+        Raises as `leave` does.
+        """
+        self._roster.trained(name)
+        self._roster_file.write(self.finished)
+        self.tick()
+
     def leave(self, name: str) -> None:
-        """A device is done. Raises as `Roster.device` does."""
+        """A device is done. Raises as `Roster.device` does, and `StateWriteError` when that cannot be kept: a server that is
+        started anew would wait for it."""
         self._roster.leave(name)
+        self._roster_file.write(self.finished)
         self.tick()
 
     def tick(self) -> None:
         """What time brings: halves expire, devices that went away are no longer waited for, the federation ends."""
         self._log_expired(self._pool.expire())
+        self._ledger.catch_up()
+        if self._roster_file.behind:
+            self._roster_file.keep(self.finished)
         if self.agreement is None:
             self._forget_away()
         if self.finished:
@@ -347,19 +408,26 @@ class Federation:
             log.info("%s has gone and is forgotten", member.describe())
         if forgotten:
             self.failure = None  # it came from the data of all who were there
+            self._roster_file.keep(self.finished)
             self.on_change()
 
     def _finish(self) -> None:
-        while (left := self._pool.counts()) and self._strategy.final:
+        while self._maker.pooled() and self._strategy.final:
             if not self._maker.make():
                 return  # it could not be written; the next tick tries again
             self.on_change()
-        if left:
+        if left := self._pool.counts():
             log.info("the rest of the pool, from %s, is left out", ", ".join(sorted(left)))
+            for submission in self._pool.whole():
+                self._ledger.dropped(submission, "it was in the pool when the run ended, and is left out")
+            self._pool.clear()
         self.finished = True
+        self._ledger.finished(self.version)
+        self._roster_file.keep(self.finished)
         log.info("all devices are done; version %s is the last", self.version)
         self.on_change()
 
     def _log_expired(self, halves: list[Half]) -> None:
         for half in halves:
             self._metrics.write("expired", device=half.device, submission=half.submission, half=half.half)
+            self._ledger.dropped(half, f"only its {half.half} half came")

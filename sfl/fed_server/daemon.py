@@ -4,43 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.service import FederationService
+from sfl.fed_server.status import StatusBoard
 from sfl.fed_server.versions import VersionStore
+from sfl.identity.node import Node
+from sfl.identity.own import guard_of, node_of
 from sfl.settings import FedSettings
-from sfl.telemetry import MetricsWriter, log, peak_rss_mb
+from sfl.telemetry import log, peak_rss_mb
 from sfl.v1.federation_pb2_grpc import add_FederationServicer_to_server
+from sfl.watching.health import Health
+from sfl.watching.watch import Watch
 from sfl.wire.channel import serve, stop
 
 _TICK_S = 1.0
-_GRACE_S = 2.0  # for calls under way when the server stops
+_DRAIN_S = 8.0  # for calls under way when the server stops; container engines kill 10 s after they have told
 
 
 def run(settings: FedSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises `SettingsError` for an address that cannot be bound or labels that cannot be,
-    `AdapterError` when the versions to resume from are damaged or updates cannot be kept in `out`."""
-    with MetricsWriter(settings.out / "metrics.jsonl") as metrics:
-        asyncio.run(_serve(settings, metrics))
+    """Serve until SIGTERM or SIGINT, then finish what is under way: a version in the making, and calls for `_DRAIN_S` at most.
+
+    Raises `SettingsError` for an address that cannot be bound or labels that cannot be, `AdapterError` when the versions to
+    resume from are damaged or updates cannot be kept in `out`, `StateError` when what is there is damaged, in use or another
+    federation's."""
+    node = node_of(settings, "fed")
+    with Watch(settings) as watch:
+        asyncio.run(_serve(settings, node, watch))
 
 
-async def _serve(settings: FedSettings, metrics: MetricsWriter) -> None:
+async def _serve(settings: FedSettings, node: Node | None, watch: Watch) -> None:
+    metrics = watch.metrics
     store = VersionStore(settings.adapters or settings.out / "adapters")
-    federation = Federation(settings, store, metrics, pool=settings.out / "pool")
-    service = FederationService(federation)
-    server, address = serve(settings.listen)
+    federation = Federation(settings, store, metrics, out=settings.out)
+    board = StatusBoard(federation, settings.name, watch.process)
+    metrics.listen(board.hear)
+    service = FederationService(federation, limits=settings.limits, board=board)
+    watch.traffic("members", service.traffic)
+    _show(watch, federation, board)
+    guard = guard_of(settings, node, federation.serves)
+    watch.refusals(lambda: guard.refused)
+    server, address = serve(settings.listen, node, guard, settings.limits.connections)
     add_FederationServicer_to_server(service, server)
+    health = Health(server)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await health.serving("", "sfl.v1.Federation")
     await server.start()
+    watch.ready()
     log.info("federation server %s listens on %s", settings.name, address)
     try:
         while not told.is_set():
             federation.tick()
             await _wait(told, _TICK_S)
     finally:
-        await stop(server, _GRACE_S)
+        await health.stopping()
+        service.end_watches()
+        await stop(server, _DRAIN_S)
+        federation.close()
         metrics.write(
             "end",
             version=federation.version,
@@ -53,6 +76,26 @@ async def _serve(settings: FedSettings, metrics: MetricsWriter) -> None:
             peak_rss_mb=round(peak_rss_mb(), 1),
         )
         log.info("federation server %s has stopped", settings.name)
+
+
+def _show(watch: Watch, federation: Federation, board: StatusBoard) -> None:
+    """Figures that are read when somebody asks."""
+
+    def members() -> dict[tuple[str, ...], float]:
+        return {key: float(count) for key, count in Counter((m.member.role, m.state) for m in federation.presences()).items()}
+
+    watch.read("sfl_version", "newest global version", lambda: federation.version)
+    watch.read("sfl_pool_updates", "devices whose updates wait in the pool", lambda: float(len(federation.pooled())))
+    watch.read("sfl_members", "members, by role and by whether they are there", members, ("role", "state"))
+    watch.read(
+        "sfl_last_step_age_seconds",
+        "seconds since a device's last step, as it reports it",
+        lambda: {(device,): age for device, age in board.ages().items()},
+        ("device",),
+    )
+    watch.read(
+        "sfl_behind", "1 for a member that is behind the others, or away", lambda: {(n,): 1.0 for n in board.slow()}, ("member",)
+    )
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -1,9 +1,13 @@
-"""Halves of updates as files: safetensors, what a half says of itself as metadata. Written whole or not at all, read mapped."""
+"""Halves of updates as files: safetensors, what a half says of itself as metadata, with a checksum of both. Written whole or not
+at all, read mapped."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import mmap
+import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +17,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sfl.adapters.disk import sync
+from sfl.adapters.disk import make_folder, sync
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, Array
 from sfl.errors import AdapterError
 
 SUFFIX = ".safetensors"
+_NAME = re.compile(r"(\d+)-(?:device|edge)" + re.escape(SUFFIX))
+_SUM = "sha256"  # its key in the metadata
 _LENGTH_BYTES = 8  # of the header, at the file's beginning; the tensors follow the header
 _FLOAT = np.dtype("<f4")
 
@@ -62,6 +68,20 @@ class HalfFile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
             raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
 
+    def about(self) -> dict[str, str]:
+        """What it says of itself, once the whole file was found to be as it was written. Raises `AdapterError` if it is not."""
+        tensors = {str(key): value for key, value in self.read().items()}
+        try:
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+                about: dict[str, str] = json.loads(file.read(length))["__metadata__"]
+            told = about.pop(_SUM)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
+        if told != _checksum(about, tensors):
+            raise AdapterError(f"half an update in {self.path} is damaged: its checksum is not that of what it holds")
+        return about
+
     def delete(self) -> None:
         """Raises `OSError` when it cannot be deleted."""
         self.path.unlink(missing_ok=True)
@@ -90,8 +110,11 @@ def write(path: Path, state: Mapping[AdapterKey, Array], about: Mapping[str, Any
     """
     unfinished = path.with_name(f".{path.name}")
     tensors = {str(key): np.ascontiguousarray(value, dtype=np.float32) for key, value in state.items()}
+    metadata = {name: str(value) for name, value in about.items()}
+    if lasting:
+        metadata[_SUM] = _checksum(metadata, tensors)
     try:
-        save_file(tensors, unfinished, metadata={name: str(value) for name, value in about.items()})
+        save_file(tensors, unfinished, metadata=metadata)
         if lasting:
             sync(unfinished)
         unfinished.rename(path)
@@ -99,21 +122,34 @@ def write(path: Path, state: Mapping[AdapterKey, Array], about: Mapping[str, Any
             sync(path.parent)
     except (OSError, SafetensorError) as error:
         for leftover in (unfinished, path):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
         raise AdapterWriteError(f"cannot keep half an update in {path.parent}: {error}") from error
     return HalfFile(path)
 
 
-def sweep(folder: Path) -> int:
-    """Delete the halves in `folder`, finished or not, and say how many there were; make the folder where there is none.
+def _checksum(about: Mapping[str, str], tensors: Mapping[str, Array]) -> str:
+    shapes = [(name, tensors[name].shape) for name in sorted(tensors)]
+    digest = hashlib.sha256(json.dumps([sorted(about.items()), shapes]).encode())
+    for name, _ in shapes:
+        digest.update(tensors[name].data)
+    return digest.hexdigest()
+
+
+def found(folder: Path) -> list[tuple[int, HalfFile]]:
+    """The halves in `folder` with their numbers, in order; what was left unfinished there is deleted, and the folder made where
+    there is none.
 
     Raises `AdapterWriteError` when that cannot be done.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = [path for path in folder.iterdir() if path.name.endswith(SUFFIX)]
-        for path in found:
-            path.unlink()
-        return len(found)
+        make_folder(folder)
+        halves = []
+        for path in folder.iterdir():
+            if path.name.startswith(".") and _NAME.fullmatch(path.name[1:]):
+                path.unlink()
+            elif match := _NAME.fullmatch(path.name):
+                halves.append((int(match[1]), HalfFile(path)))
+        return sorted(halves, key=lambda half: (half[0], half[1].path.name))
     except OSError as error:
         raise AdapterWriteError(f"updates cannot be kept in {folder}: {error}") from error

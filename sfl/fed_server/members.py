@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sfl.adapters.layout import AdapterLayout, LoraSpec
-from sfl.errors import RefusedError
+from sfl.errors import FullError, ModelDiffersError, NameTakenError, RefusedError, TrainingDiffersError, UnknownMemberError
 from sfl.telemetry import log
 
 Role = Literal["device", "edge"]
-
-
-class UnknownMemberError(RefusedError):
-    """Someone acts who has not joined, perhaps because the server was started anew: joining (again) helps."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Member:
     columns: tuple[str, ...] = ()
     max_length: int = 0
     rank: int = 0  # of its LoRA factors; 0: that of `lora`
+    edge: str = field(default="", compare=False)  # the edge server that it has a session with, once it has one; it may move
 
     @property
     def own_rank(self) -> int:
@@ -57,15 +54,15 @@ class Common:
         """Raise `RefusedError` naming the first difference with both values."""
         who = member.describe()
         if member.task != self.task:
-            raise RefusedError(f"{who} has task '{member.task}', {self.source} has '{self.task}'")
+            raise TrainingDiffersError(f"{who} has task '{member.task}', {self.source} has '{self.task}'")
         if member.model_fingerprint != self.model_fingerprint:
-            raise RefusedError(
+            raise ModelDiffersError(
                 f"{who} has another base model than {self.source}: fingerprint {member.model_fingerprint}"
                 f" against {self.model_fingerprint}; give both the same model files"
             )
         difference = member.lora.difference(self.lora)
         if difference is not None:
-            raise RefusedError(f"{who} has other LoRA settings than {self.source}: {difference}")
+            raise TrainingDiffersError(f"{who} has other LoRA settings than {self.source}: {difference}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,16 @@ class Prompts:
             ("max_length", member.max_length, self.max_length),
         ):
             if mine != theirs:
-                raise RefusedError(f"{member.describe()} has {what} {_show(mine)}, {self.source} has {_show(theirs)}")
+                raise TrainingDiffersError(f"{member.describe()} has {what} {_show(mine)}, {self.source} has {_show(theirs)}")
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A member, whether it is there, and the seconds since it was last heard of; while it watches, 0."""
+
+    member: Member
+    state: Literal["present", "away", "left"]
+    heard_s: float
 
 
 @dataclass
@@ -91,7 +97,20 @@ class _Entry:
     member: Member
     seen: float  # clock's seconds
     watches: int = 0
+    trained: bool = False  # a device has done all its steps, and is yet to evaluate
     left: bool = False
+    returns: bool = False  # it was there before the server was started anew, and has not been heard of since
+    edges: set[str] = field(default_factory=set)  # those that a device has had sessions with
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """A member as it is kept for a server that is started anew."""
+
+    member: Member
+    trained: bool
+    left: bool
+    edges: tuple[str, ...]
 
 
 class Roster:
@@ -116,6 +135,7 @@ class Roster:
         self._expected = expected
         self._away_after_s = away_after_s
         self._clock = clock
+        self._join_wait_s = join_wait_s
         self._join_until = clock() + join_wait_s
         self._entries: dict[str, _Entry] = {}
         self._earlier = earlier
@@ -136,13 +156,18 @@ class Roster:
             return Prompts(first.describe(), first.columns, first.max_length)
         return None
 
-    def check(self, member: Member) -> None:
-        """Raise `RefusedError` unless `member` can take part; changes nothing."""
+    def check(self, member: Member, anew: bool = False) -> None:
+        """Raise `RefusedError` unless `member` can take part, or, if `anew`, can be the first device of another run.
+
+        Changes nothing.
+        """
         if not member.name:
             raise RefusedError("a member must have a name")
         known = self._entries.get(member.name)
-        if known is not None and known.member != member and self._present(known):
-            raise RefusedError(
+        if anew and known is not None and known.member.role == "device":
+            known = None
+        if known is not None and known.member != member and self._present(known) and not known.returns:
+            raise NameTakenError(
                 f"{member.describe()} cannot join: {known.member.describe()} has that name, with other settings or data,"
                 f" and is there; give each its own name, or wait {self._away_after_s:g} s after it has gone"
             )
@@ -152,26 +177,25 @@ class Roster:
         if member.cut < 1:
             raise RefusedError(f"{member.describe()} cannot join: the least cut is 1")
         if member.role == "device":
-            self._check_device(member)
+            self._check_device(member, [] if anew else [other.name for other in self.devices() if other.name != member.name])
         elif self._shared_edge_adapter:
             self._check_only_edge(member)
 
     def _check_only_edge(self, member: Member) -> None:
         edges = (entry for entry in self._entries.values() if entry.member.role == "edge" and self._present(entry))
         for other in edges:
-            if other.member.name != member.name:
-                raise RefusedError(
+            if other.member.name != member.name and not other.returns:
+                raise TrainingDiffersError(
                     f"{member.describe()} cannot join: {other.member.describe()} is there, and the federation server's strategy"
                     " has one adapter at the edge for all devices, which two edge servers cannot share; connect all devices to"
                     " that one, or choose another strategy"
                 )
 
-    def _check_device(self, member: Member) -> None:
-        others = [device.name for device in self.devices() if device.name != member.name]
+    def _check_device(self, member: Member, others: Sequence[str]) -> None:
         if len(others) >= self._expected:
-            raise RefusedError(
+            raise FullError(
                 f"{member.describe()} cannot join: the {self._expected} expected devices are {', '.join(others)};"
-                " raise `devices` in the federation server's settings"
+                " raise `devices` in the federation server's settings, or give it another `out` to start anew"
             )
         self._check_rank(member)
         if member.examples < 1:
@@ -182,12 +206,12 @@ class Roster:
 
     def _check_rank(self, member: Member) -> None:
         if member.own_rank > member.lora.rank:
-            raise RefusedError(
+            raise TrainingDiffersError(
                 f"{member.describe()} cannot join: its rank {member.rank} is above the {member.lora.rank} of the LoRA settings;"
                 " `lora.rank` is the largest rank of all devices, raise it everywhere or lower this device's `rank`"
             )
         if member.own_rank != member.lora.rank and self._shared_edge_adapter:
-            raise RefusedError(
+            raise TrainingDiffersError(
                 f"{member.describe()} cannot join: it has rank {member.rank} and the others {member.lora.rank}, and the"
                 " federation server's strategy needs one rank; leave the device's `rank` out or choose another there"
             )
@@ -195,12 +219,45 @@ class Roster:
     def add(self, member: Member) -> Member | None:
         """Take `member`, already checked, or take it back; what was known under its name before, if that differs."""
         known = self._entries.get(member.name)
+        edges = {member.edge} - {""}
         if known is None:
-            self._entries[member.name] = _Entry(member, self._clock())
+            self._entries[member.name] = _Entry(member, self._clock(), edges=edges)
             return None
+        known.edges |= edges
         before, known.member = known.member, member
-        known.seen, known.left = self._clock(), False
+        known.seen, known.trained, known.left, known.returns = self._clock(), False, False, False
         return before if before != member else None
+
+    def attendance(self) -> list[Attendance]:
+        """All members in the order in which they joined, as `restore` takes them."""
+        entries = self._entries.values()
+        return [Attendance(entry.member, entry.trained, entry.left, tuple(sorted(entry.edges))) for entry in entries]
+
+    def restore(self, attendance: Iterable[Attendance], join_left_s: float) -> None:
+        """Go on with the members of an earlier server. They count as just heard of: those that are no more will be away.
+
+        Devices yet to join are expected for `join_left_s` seconds more.
+        """
+        for kept in attendance:
+            entry = _Entry(kept.member, self._clock(), trained=kept.trained, left=kept.left, edges=set(kept.edges))
+            entry.returns = not kept.left
+            self._entries[kept.member.name] = entry
+        self._join_until = self._clock() + join_left_s
+
+    def forget_devices(self) -> None:
+        """Another run begins: all devices are yet to join."""
+        for device in self.devices():
+            del self._entries[device.name]
+        self._join_until = self._clock() + self._join_wait_s
+
+    def join_left_s(self) -> float:
+        """Seconds in which devices yet to join are expected."""
+        return max(0.0, self._join_until - self._clock())
+
+    def edges(self) -> list[str]:
+        """The edge servers that are there."""
+        entries = self._entries.values()
+        return [entry.member.name for entry in entries if entry.member.role == "edge" and self._present(entry)]
 
     def forget_away(self) -> list[Member]:
         """Forget the members that are not there: their names, and what the others had to have in common with them."""
@@ -224,6 +281,11 @@ class Roster:
             raise RefusedError(f"'{name}' is an edge server, not a device")
         return member
 
+    def serves(self, device: str, edge: str) -> bool | None:
+        """Whether `device` has, or had, a session with the edge server `edge`; None while it has not said with which."""
+        entry = self._entries.get(device)
+        return edge in entry.edges if entry is not None and entry.edges else None
+
     def devices(self) -> list[Member]:
         """All devices that have joined, also those that are away or have left."""
         return [entry.member for entry in self._entries.values() if entry.member.role == "device"]
@@ -239,15 +301,25 @@ class Roster:
 
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
-        self._entry(name).seen = self._clock()
+        self._hear(self._entry(name))
 
     def watch_begins(self, name: str) -> None:
         entry = self._entry(name)
-        entry.watches, entry.seen = entry.watches + 1, self._clock()
+        entry.watches += 1
+        self._hear(entry)
 
     def watch_ends(self, name: str) -> None:
         entry = self._entry(name)
-        entry.watches, entry.seen = entry.watches - 1, self._clock()
+        entry.watches -= 1
+        self._hear(entry)
+
+    def _hear(self, entry: _Entry) -> None:
+        entry.seen, entry.returns = self._clock(), False
+
+    def trained(self, name: str) -> None:
+        """Note that a device has done all its steps and will submit nothing new. Raises as `device` does."""
+        self.device(name)
+        self._entry(name).trained = True
 
     def leave(self, name: str) -> None:
         """Note that a device is done. Raises as `device` does."""
@@ -256,9 +328,27 @@ class Roster:
         self._entry(name).left = True
 
     def present_devices(self) -> dict[str, int]:
-        """Devices that are there and not done, the ones that a quorum counts, with their training examples."""
+        """Devices that are there and have not left, with their training examples."""
         entries = (entry for entry in self._entries.values() if entry.member.role == "device" and self._present(entry))
         return {entry.member.name: entry.member.examples for entry in entries}
+
+    def counted_devices(self, heard: Container[str]) -> dict[str, int]:
+        """Those of them that a quorum counts: all but those that have done their steps, unless an update of theirs, or half of
+        one, is there, as it is of the devices named by `heard`."""
+        present = self.present_devices()
+        return {name: count for name, count in present.items() if name in heard or not self._entries[name].trained}
+
+    def presences(self) -> list[Presence]:
+        """All that have joined, and who of them is there."""
+        now = self._clock()
+        return [
+            Presence(
+                entry.member,
+                "left" if entry.left else "present" if self._present(entry) else "away",
+                0.0 if entry.watches else now - entry.seen,
+            )
+            for entry in list(self._entries.values())  # as threads that watch ask, too
+        ]
 
     def all_done(self) -> bool:
         """Whether at least one device has left and no other one is present or expected to join yet."""

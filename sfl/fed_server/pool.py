@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import get_args
 
 from sfl.adapters.state import AdapterKey, AdapterState, require_same_keys
-from sfl.errors import RefusedError
+from sfl.errors import AdapterError, RefusedError
 from sfl.fed_server import half_files
 from sfl.fed_server.half_files import HalfFile
 from sfl.fed_server.members import Role
+from sfl.fed_server.seen import Seen
 from sfl.telemetry import log
 
 
@@ -37,6 +37,7 @@ class Submission:
     """A whole update of one device, in two files."""
 
     device: str
+    submission: str
     version: int
     trained_on: int  # examples
     steps: int
@@ -81,47 +82,85 @@ class _Pending:
 class Pool:
     """Joins halves to whole submissions, and keeps these until they are drained.
 
-    A submission is known by its device and id; each half of it counts once, for as long as the server runs. Successive
-    submissions of a device are successive progress, so their deltas add up in the order in which they became whole.
+    A submission is known by its device and id, and counts once, for ever: `settled` are those that versions hold. Successive
+    submissions of a device are successive progress, so their deltas add up in the order in which they became whole. `accept` is
+    called with each new submission once both of its halves are on disk, and may refuse it by raising an error.
 
     Each half is a file in `folder`, `NUMBER-HALF.safetensors`, numbered in the order of arrival; its metadata are the fields of
-    `Half`, with the rank and the cut that the device had. So a server could take the pool up again by adding them in that
-    order. As yet it does not, and what an earlier one left is deleted. Without a folder it is a temporary one.
-    Raises `AdapterWriteError` for a folder that cannot be used.
+    `Half`, with the rank and the cut that the device had. A pool takes up what an earlier one left there, in the same order.
+    None of them can stem from a version after `newest`. Without a folder it is a temporary one. Raises `AdapterWriteError` for a
+    folder that cannot be used.
     """
 
-    def __init__(self, folder: Path | None, half_expires_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        half_expires_s: float,
+        clock: Callable[[], float],
+        accept: Callable[[Submission], None] = lambda submission: None,
+        settled: Iterable[tuple[str, str]] = (),
+        newest: int | None = None,
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="sfl-pool-") if folder is None else None
         self._folder = folder or Path(self._temporary.name if self._temporary else "")
         self._half_expires_s = half_expires_s
         self._clock = clock
-        self._known: set[tuple[str, str, Role]] = set()
+        self._accept = accept
+        self._settled = Seen()  # whole submissions
+        self._aside = Seen()
         self._pending: dict[tuple[str, str], _Pending] = {}
         self._whole: dict[str, list[Submission]] = {}
         self._submissions: dict[str, int] = {}
         self._since = 0.0
         self._arrived = 0
-        if left := half_files.sweep(self._folder):
-            log.warning("%d halves of updates that an earlier server had not aggregated are deleted from %s", left, self._folder)
+        for device, submission in settled:
+            self._settle(device, submission)
+        self._take_up(newest)
+
+    def _take_up(self, newest: int | None) -> None:
+        """Take the halves in the folder as if they had just arrived. Damaged files are set aside, and told."""
+        for number, file in half_files.found(self._folder):
+            self._arrived = number
+            try:
+                half, rank, cut = _read_about(file.about())
+                if newest is not None and half.version > newest:
+                    raise AdapterError(f"half an update in {file.path} stems from version {half.version}, which is not there")
+            except AdapterError as error:
+                aside = file.path.with_name(f"{file.path.name}.damaged")
+                log.error("%s; the file is kept as %s, and not counted", error, aside.name)
+                file.path.replace(aside)
+                continue
+            if self.knows(half):  # it is in a version, or there twice: the server was killed before it deleted the file
+                _delete(file)
+            else:
+                self._take(half, file, rank, cut)
 
     def knows(self, half: Half) -> bool:
         """Whether this half has arrived before."""
-        return (half.device, half.submission, half.half) in self._known
+        key = (half.device, half.submission)
+        other = self._pending.get(key)
+        return key in self._settled or (other is not None and other.header.half == half.half)
 
     def waits_for(self, half: Half) -> bool:
         """Whether the other half of the same submission is there."""
         return (half.device, half.submission) in self._pending
 
+    def halves(self) -> set[tuple[str, str]]:
+        """Submissions, by device and id, of which one half waits for the other."""
+        return set(self._pending)
+
     def set_aside(self, half: Half) -> bool:
-        """Know a half without taking it; True for the first one of its submission."""
-        self._known.add((half.device, half.submission, half.half))
-        return len(self._known & {(half.device, half.submission, role) for role in get_args(Role)}) == 1
+        """Note that a submission is not taken; True for the first of its halves."""
+        if (half.device, half.submission) in self._aside:
+            return False
+        self._aside.add(half.device, half.submission)
+        return True
 
     def add(self, half: Half, state: AdapterState, rank: int, cut: int) -> bool:
         """Take a half that is new and was checked; True when it makes a whole submission with the one that was there.
 
-        Raises `RefusedError` when the two stem from different versions, `AdapterWriteError` when it cannot be kept; nothing
-        has happened then.
+        Raises `RefusedError` when the two stem from different versions, `AdapterWriteError` when it cannot be kept, and what
+        `accept` raises; nothing has happened then.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
@@ -132,24 +171,38 @@ class Pool:
             )
         path = self._folder / f"{self._arrived + 1:08d}-{half.half}{half_files.SUFFIX}"
         file = half_files.write(path, state, {**vars(half), "rank": rank, "cut": cut}, lasting=self._temporary is None)
+        if other is not None:
+            try:
+                self._accept(_submission(half, file, other, rank, cut))
+            except Exception:
+                _delete(file)
+                raise
         self._arrived += 1
-        self._known.add((*key, half.half))
+        return self._take(half, file, rank, cut)
+
+    def _take(self, half: Half, file: HalfFile, rank: int, cut: int) -> bool:
+        key = (half.device, half.submission)
+        other = self._pending.pop(key, None)
         if other is None:
             self._pending[key] = _Pending(half, file, self._clock())
             return False
-        del self._pending[key]
-        said = half if half.half == "device" else other.header
-        files = (file, other.file) if half.half == "device" else (other.file, file)
         if not self._whole:
             self._since = self._clock()
-        submission = Submission(half.device, half.version, said.examples, said.steps, rank, cut, files)
-        self._whole.setdefault(half.device, []).append(submission)
-        self._submissions[half.device] = self._submissions.get(half.device, 0) + 1
+        self._whole.setdefault(half.device, []).append(_submission(half, file, other, rank, cut))
+        self._settle(*key)
         return True
+
+    def _settle(self, device: str, submission: str) -> None:
+        self._settled.add(device, submission)
+        self._submissions[device] = self._submissions.get(device, 0) + 1
 
     def counts(self) -> dict[str, int]:
         """Submissions in the pool, by device."""
-        return {device: len(submissions) for device, submissions in self._whole.items()}
+        return {device: len(submissions) for device, submissions in list(self._whole.items())}
+
+    def whole(self) -> list[Submission]:
+        """The submissions in the pool, by device and in order."""
+        return [submission for device in sorted(self._whole) for submission in self._whole[device]]
 
     def waited_s(self) -> float:
         """Seconds since the first update of the pool."""
@@ -181,9 +234,20 @@ class Pool:
             if not self._whole[device]:
                 del self._whole[device]
             for submission in pooled.submissions:
-                for file in submission.files:
-                    _delete(file)
+                _delete(*submission.files)
         self._since = self._clock()
+
+    def clear(self) -> list[Submission]:
+        """Forget all submissions in the pool, which are in no version and never will be; halves stay."""
+        left = self.whole()
+        self._whole = {}
+        for submission in left:
+            _delete(*submission.files)
+        return left
+
+    def ever(self) -> dict[str, int]:
+        """Whole submissions so far, by device."""
+        return dict(self._submissions)
 
     def submissions(self) -> int:
         """Whole submissions so far, of all devices."""
@@ -206,13 +270,34 @@ class Pool:
 
     def _drop(self, half: Half) -> None:
         _delete(self._pending.pop((half.device, half.submission)).file)
-        self._known.discard((half.device, half.submission, half.half))
         missing = "edge" if half.half == "device" else "device"
         log.warning("submission %s of device '%s' is lost: its %s half never came", half.submission, half.device, missing)
 
 
-def _delete(file: HalfFile) -> None:
+def _submission(half: Half, file: HalfFile, other: _Pending, rank: int, cut: int) -> Submission:
+    """The whole of a half that has come and the one that was there; what a device says of it counts."""
+    said, files = (half, (file, other.file)) if half.half == "device" else (other.header, (other.file, file))
+    return Submission(half.device, half.submission, half.version, said.examples, said.steps, rank, cut, files)
+
+
+def _read_about(about: Mapping[str, str]) -> tuple[Half, int, int]:
+    """What `Pool.add` wrote of a half: itself, rank and cut. Raises `AdapterError` when it is not that."""
     try:
-        file.delete()
-    except OSError as error:
-        log.warning("%s cannot be deleted, though nothing needs it any more: %s", file.path, error)
+        half = Half(
+            about["submission"],
+            about["device"],
+            "device" if about["half"] == "device" else "edge",
+            *(int(about[name]) for name in ("version", "examples", "steps", "failures")),
+            *(None if about[name] == "None" else float(about[name]) for name in ("bytes_per_s", "round_trip_s")),
+        )
+        return half, int(about["rank"]), int(about["cut"])
+    except (KeyError, ValueError) as error:
+        raise AdapterError(f"half an update says too little of itself: {error!r}") from error
+
+
+def _delete(*files: HalfFile) -> None:
+    for file in files:
+        try:
+            file.delete()
+        except OSError as error:
+            log.warning("%s cannot be deleted, though nothing needs it any more: %s", file.path, error)

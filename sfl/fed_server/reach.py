@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 _KEPT = 0.7  # weight of the past in the moving mean of a device's time between two uploads
@@ -43,6 +43,14 @@ class Reach:
         """Note that an upload came once more: the answer to it had been lost."""
         if device in self._devices:
             self._devices[device].failing = True
+
+    def known(self) -> dict[str, tuple[float | None, bool]]:
+        """Seconds that usually lie between two uploads of each device, and whether its last one failed."""
+        return {device: (uploads.usual_s, uploads.failing) for device, uploads in self._devices.items()}
+
+    def restore(self, known: Mapping[str, tuple[float | None, bool]]) -> None:
+        """Go on with what an earlier server knew; each device's last upload counts as made just now."""
+        self._devices = {device: _Uploads(self._clock(), usual_s, failing) for device, (usual_s, failing) in known.items()}
 
     def forget(self, device: str) -> None:
         """The device has joined anew: its times begin again."""

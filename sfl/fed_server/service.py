@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -11,10 +12,11 @@ import grpc
 import grpc.aio
 
 from sfl.adapters.peft_format import AdapterWriteError
-from sfl.errors import AdapterError, SflError, WireError
+from sfl.connection_settings import LimitSettings
+from sfl.errors import AdapterError, SflError, StateWriteError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation, Placement
-from sfl.fed_server.members import UnknownMemberError
 from sfl.fed_server.messages import half_from_wire, member_from_wire
+from sfl.fed_server.status import StatusBoard
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationServicer
@@ -22,22 +24,35 @@ from sfl.v1.split_pb2 import Heartbeat
 from sfl.wire.adapters import from_tensors, to_tensors
 from sfl.wire.channel import HEARTBEAT_S
 from sfl.wire.frames import Assembler, Traffic, frames
+from sfl.wire.refusals import refuse
 from sfl.wire.tensors import RawTensor
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-_MAX_PROPOSAL_BYTES = 2 * 2**30
 
 
 class FederationService(FederationServicer):  # type: ignore[misc]
     """Answers members, all on one event loop. `traffic` counts the bytes of all frames that carry adapters."""
 
-    def __init__(self, federation: Federation, heartbeat_s: float = HEARTBEAT_S) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        heartbeat_s: float = HEARTBEAT_S,
+        board: StatusBoard | None = None,
+        limits: LimitSettings | None = None,
+    ) -> None:
         self.traffic = Traffic()
+        self._limits = limits or LimitSettings()
+        self._board = board or StatusBoard(federation)
         self._federation = federation
         self._heartbeat_s = heartbeat_s
         self._watchers: set[asyncio.Event] = set()
+        self._closing = False
         federation.on_change = self._wake
+
+    def end_watches(self) -> None:
+        """The server is about to stop: end what has no end of its own. Those who watch will ask again."""
+        self._closing = True
+        self._wake()
 
     def _wake(self) -> None:
         for watcher in self._watchers:
@@ -45,13 +60,16 @@ class FederationService(FederationServicer):  # type: ignore[misc]
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         async with _refusing(context):
-            self._federation.join(member_from_wire(request))
-        return pb.JoinReply()
+            member = member_from_wire(request)
+            self._federation.require_own(member, request.federation)
+            self._federation.join(member)
+        return pb.JoinReply(federation=self._federation.id)
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> None:
-        """Write events until the federation has finished or the caller is gone."""
+        """Write events until the federation has finished, for an edge server beyond that, or until the caller is gone."""
         changed = asyncio.Event()
         async with _refusing(context):
+            self._federation.require_id(request.federation)
             self._federation.watch_begins(request.name)
             self._watchers.add(changed)
             try:
@@ -71,7 +89,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
             told = state
             if self._federation.failure is not None:
                 raise self._federation.failure
-            if self._federation.finished:
+            if self._closing or (self._federation.finished and not self._federation.serves_on(name)):
                 return
             while not await _happens(changed, self._heartbeat_s):
                 await context.write(pb.Event(heartbeat=Heartbeat()))
@@ -80,7 +98,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
         """The state as events: what `name` must hear if it has heard nothing yet."""
         federation = self._federation
         if federation.agreement is None:
-            yield pb.Event(waiting=pb.Waiting(joined=federation.joined, expected=federation.expected))
+            yield pb.Event(waiting=self._waiting())
         else:
             agreement = federation.agreement
             yield pb.Event(
@@ -92,14 +110,25 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                 )
             )
         version = federation.version
+        if federation.agreement is not None and version is None:
+            yield pb.Event(waiting=self._waiting())
         if version is not None:
             yield pb.Event(published=pb.Published(version=version))
             if federation.finished:
                 yield pb.Event(finished=pb.Finished(version=version))
 
+    def _waiting(self) -> pb.Waiting:
+        federation = self._federation
+        return pb.Waiting(
+            joined=federation.joined,
+            expected=federation.expected,
+            proposal=federation.agreement is not None,
+            edges=federation.edges(),
+        )
+
     async def Propose(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.ProposeReply:
         async with _refusing(context):
-            message, tensors = await self._receive(requests, "proposal", _MAX_PROPOSAL_BYTES)
+            message, tensors = await self._receive(requests, "proposal", round(self._limits.adapter_mb * 1e6))
             header = message.proposal
             placement = Placement(header.blocks, tuple(header.head), header.num_layers)
             accepted = self._federation.propose(header.edge, placement, from_tensors(tensors))
@@ -117,7 +146,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                 self._federation.refuse(header.device or None, header.submission or None, str(error))
                 raise
             self._federation.submit(half, state)
-        return pb.SubmitReply()
+        return pb.SubmitReply(whole=self._federation.has_whole(half))
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         async with _refusing(context):
@@ -129,8 +158,25 @@ class FederationService(FederationServicer):  # type: ignore[misc]
 
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
         async with _refusing(context):
-            self._federation.leave(request.name)
+            (self._federation.trained if request.evaluates else self._federation.leave)(request.name)
         return pb.LeaveReply()
+
+    async def Check(self, request: pb.JoinRequest, context: Context) -> pb.CheckReply:
+        """A refusal is an answer here, and no failure of the call."""
+        reply = pb.CheckReply(time=time.time())
+        try:
+            self._federation.check(member_from_wire(request))
+        except SflError as error:
+            reply.refusal, reply.error = str(error), error.number
+        return reply
+
+    async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        async with _refusing(context):
+            self._board.report(request)
+        return pb.ReportReply()
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
+        return self._board.status()
 
     async def _receive(
         self, requests: AsyncIterator[pb.AdapterMessage], kind: str, max_bytes: int
@@ -161,13 +207,13 @@ async def _refusing(context: Context) -> AsyncIterator[None]:
     try:
         yield
     except UnknownMemberError as error:  # clients join again and try again: see FederationClient
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-    except AdapterWriteError as error:  # a full disk, say: clients try again
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
+    except (AdapterWriteError, StateWriteError) as error:  # a full disk, say: clients try again
         log.error("%s", error)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except (WireError, AdapterError) as error:
         log.warning("refused: %s", error)
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, error)
     except SflError as error:
         log.warning("refused: %s", error)
-        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, error)

@@ -11,8 +11,10 @@ from sfl.adapters.state import AdapterState
 from sfl.errors import AdapterError
 from sfl.fed_server import server_state
 from sfl.fed_server.aggregation import Aggregated, Aggregation
+from sfl.fed_server.contents import Contents, Entry
+from sfl.fed_server.ledger import Ledger
 from sfl.fed_server.members import Roster
-from sfl.fed_server.pool import Pool, Pooled
+from sfl.fed_server.pool import Pool, Pooled, Submission
 from sfl.fed_server.reach import Reach
 from sfl.fed_server.strategies import Standing
 from sfl.fed_server.updates import Update
@@ -26,7 +28,10 @@ Refuse = Callable[[str, None, str], None]  # device, submission, reason
 
 
 class VersionMaker:
-    """Aggregates `pool` and publishes what comes of it in `store`. `refuse` is told of each update that was not used."""
+    """Aggregates `pool` and publishes what comes of it in `store`, as versions of the federation with the id `federation`.
+
+    `ledger` is told what went into each, `refuse` of each update that was not used.
+    """
 
     def __init__(
         self,
@@ -38,8 +43,13 @@ class VersionMaker:
         store: VersionStore,
         metrics: MetricsWriter,
         refuse: Refuse,
+        ledger: Ledger,
+        federation: str,
     ) -> None:
-        self.made = 0  # versions
+        newest = store.newest()
+        self.made = 0 if newest is None else newest.number  # versions, those of earlier servers included
+        self._ledger = ledger
+        self._federation = federation
         self._settings = settings
         self._aggregation = aggregation
         self._pool = pool
@@ -50,6 +60,7 @@ class VersionMaker:
         self._refuse = refuse
         self._told_too_few = False
         self._told_no_quorum = False  # of this pool
+        self._told_unwritten = False  # that a version could not be written
 
     def view(self, version: int, rank: int) -> AdapterState:
         """A version as a device of `rank` gets it. Raises `AdapterError` for a version or a rank that is not there."""
@@ -60,7 +71,8 @@ class VersionMaker:
 
         Whether one was published.
         """
-        pooled, present = self._pool.counts(), self._roster.present_devices()
+        pooled = self.pooled()
+        present = self._roster.counted_devices(pooled.keys() | {device for device, _ in self._pool.halves()})
         if not pooled or not present:
             return False
         unreachable = self._reach.unreachable(present) if self._reach is not None else set[str]()
@@ -69,6 +81,10 @@ class VersionMaker:
             self._tell_no_quorum(standing)
             return False
         return not self._waits_for_more(standing) and self.make()
+
+    def pooled(self) -> dict[str, int]:
+        """Submissions in the pool, by device, of devices that have joined: a server that has lost its roster waits for them."""
+        return {device: count for device, count in self._pool.counts().items() if self._roster.knows(device)}
 
     def _tell_no_quorum(self, standing: Standing) -> None:
         """Say once of a pool that it has waited longer than `round_timeout_s`, and for whom."""
@@ -111,6 +127,7 @@ class VersionMaker:
             return False
         started = time.perf_counter()
         taken = self._pool.take(mix_versions=self._aggregation.merge.additive)
+        taken = [pooled for pooled in taken if self._roster.knows(pooled.first.device)]
         updates = self._updates(taken, newest.number)
         try:
             population = self._roster.examples({update.device for update in updates})
@@ -121,10 +138,15 @@ class VersionMaker:
             done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
         try:
             extras = server_state.files(done.remembered, self._settings.strategy.name)
-            self._store.publish(newest.number + 1, done.state, newest.layout, extras)
+            held = self._contents(taken, done)
+            self._store.publish(newest.number + 1, done.state, newest.layout, {**extras, **held.files()})
         except AdapterWriteError as error:
-            log.error("%s", error)
+            if not self._told_unwritten:
+                log.error("%s; it is tried again every second", error)
+            self._told_unwritten = True
             return False
+        self._told_unwritten = False
+        self._ledger.published(newest.number + 1, held)
         self._pool.remove(taken)
         self._aggregation.keep(done)
         self.made += 1
@@ -154,6 +176,17 @@ class VersionMaker:
             )
 
         return [update(pooled) for pooled in taken]
+
+    def _contents(self, taken: list[Pooled], done: Aggregated) -> Contents:
+        """What goes into the version, with each device's weight."""
+
+        def entry(submission: Submission) -> Entry:
+            about = submission.submission, submission.version, submission.trained_on, submission.steps
+            if submission.device in done.weights:
+                return Entry(submission.device, *about, weight=float(done.weights[submission.device]))
+            return Entry(submission.device, *about, refused=done.rejected.get(submission.device, "it was not used"))
+
+        return Contents(self._federation, tuple(entry(submission) for pooled in taken for submission in pooled.submissions))
 
     def _tell(self, version: int, updates: list[Update], done: Aggregated, wall_s: float) -> None:
         for device, reason in done.rejected.items():

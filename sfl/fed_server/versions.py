@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sfl.adapters import peft_format
+from sfl.adapters import checksums, peft_format
 from sfl.adapters.layout import AdapterLayout
 from sfl.adapters.state import AdapterState
 from sfl.errors import AdapterError
@@ -34,7 +34,9 @@ class VersionStore:
         peft_format.sweep(folder)
         numbers = version_numbers(folder)
         if numbers:
-            self._newest = Version(max(numbers), *peft_format.read(self._path(max(numbers))))
+            newest = self._path(max(numbers))
+            checksums.check(newest)
+            self._newest = Version(max(numbers), *peft_format.read(newest))
 
     def newest(self) -> Version | None:
         """The newest version, None before the first."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfl.errors import ModelError
+from sfl.errors import PrecisionError
 
 
 def _import() -> Any:
@@ -23,7 +23,7 @@ def _import() -> Any:
 
         bitsandbytes.functional.quantize_4bit.__name__  # noqa: B018  # used, so that an import that was put off is done here
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise ModelError(
+        raise PrecisionError(
             f"nf4 needs bitsandbytes, which cannot be imported ({error}): pip install 'sfl[quant]', or take precision = int8"
         ) from error
     finally:

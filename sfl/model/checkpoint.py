@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file, cached_files
 
-from sfl.errors import ModelError
+from sfl.errors import DamagedModelError, ModelError, ModelNotFoundError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {  # what safetensors calls them
@@ -60,9 +60,9 @@ class WeightsFile:
                 if not 8 + length <= tensor.start <= tensor.stop:
                     raise ValueError(f"tensor '{tensor.name}' begins at byte {tensor.start} and ends at {tensor.stop}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"'{path}' is no safetensors file, or is truncated ({error}): fetch it again") from error
+            raise DamagedModelError(f"'{path}' is no safetensors file, or is truncated ({error}): fetch it again") from error
         if any(tensor.stop > size for tensor in self.tensors.values()):
-            raise ModelError(f"'{path}' is truncated at {size} bytes: fetch it again")
+            raise DamagedModelError(f"'{path}' is truncated at {size} bytes: fetch it again")
 
     @cached_property
     def descriptor(self) -> int:
@@ -142,7 +142,7 @@ class StoredTensor:
         while buffer:
             count = os.preadv(self.file.descriptor, [buffer], position)
             if not count:
-                raise ModelError(f"'{self.file.path}' ends inside tensor '{self.name}': fetch it again")
+                raise DamagedModelError(f"'{self.file.path}' ends inside tensor '{self.name}': fetch it again")
             buffer, position = buffer[count:], position + count
 
     def _row_bytes(self) -> int:
@@ -153,7 +153,9 @@ class StoredTensor:
         for size in self.shape:
             count *= size
         if count * self.dtype.itemsize != self.stop - self.start:
-            raise ModelError(f"tensor '{self.name}' of '{self.file.path}' is not as long as its shape asks for: fetch it again")
+            raise DamagedModelError(
+                f"tensor '{self.name}' of '{self.file.path}' is not as long as its shape asks for: fetch it again"
+            )
 
 
 class Checkpoint:
@@ -185,21 +187,23 @@ class Checkpoint:
             return dict.fromkeys(self._open(WEIGHTS).tensors, WEIGHTS)
         index = files.get(INDEX)
         if index is None:
-            raise ModelError(f"'{self.name_or_dir}' has neither {WEIGHTS} nor an index of its parts")
+            raise ModelNotFoundError(f"'{self.name_or_dir}' has neither {WEIGHTS} nor an index of its parts")
         try:
             parts = {str(name): str(shard) for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"'{index}' is no safetensors index ({error}): fetch it again") from error
+            raise DamagedModelError(f"'{index}' is no safetensors index ({error}): fetch it again") from error
         for shard in set(parts.values()):
             if not shard or set(shard) & {"/", "\\", "\0"} or shard in (".", ".."):
-                raise ModelError(f"'{index}' names the part {shard[:100]!a}, which is no plain file name: fetch it again")
+                raise DamagedModelError(f"'{index}' names the part {shard[:100]!a}, which is no plain file name: fetch it again")
         return parts
 
     def _open(self, shard: str) -> WeightsFile:
         if shard not in self._files:
             path = find_file(self.name_or_dir, shard)
             if path is None:
-                raise ModelError(f"'{self.name_or_dir}' lacks the weights file {shard} that its index names: fetch it again")
+                raise DamagedModelError(
+                    f"'{self.name_or_dir}' lacks the weights file {shard} that its index names: fetch it again"
+                )
             self._files[shard] = WeightsFile(path)
         return self._files[shard]
 

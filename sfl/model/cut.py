@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sfl.errors import ModelError
+from sfl.errors import ModelError, UnsupportedModelError
 from sfl.model.families import Family, family_of
 
 
@@ -173,7 +173,9 @@ def check_cut(config: PretrainedConfig, cut: int) -> None:
     family_of(config)  # first: not every other family's configuration has a number of blocks
     length = config.num_hidden_layers
     if not 1 <= cut <= length - 1:
-        raise ModelError(f"cut {cut} is not possible: this model has {length} blocks, so a cut is between 1 and {length - 1}")
+        raise UnsupportedModelError(
+            f"cut {cut} is not possible: this model has {length} blocks, so a cut is between 1 and {length - 1}"
+        )
 
 
 def drop_above(model: PreTrainedModel, cut: int) -> None:

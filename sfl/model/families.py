@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from sfl.data.settings import Task
-from sfl.errors import ModelError
+from sfl.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def family_of(config: PretrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         reason = _REASONS.get(config.model_type, "this family is unknown to sfl")
-        raise ModelError(
+        raise UnsupportedModelError(
             f"a model of type '{config.model_type}' cannot be cut: {reason}. Take one of these: {', '.join(FAMILIES)}"
         )
     return family
@@ -82,4 +82,6 @@ def family_of(config: PretrainedConfig) -> Family:
 def require_task(family: Family, task: str) -> None:
     """Raise `ModelError` when the family has no model for `task`."""
     if task not in family.tasks:
-        raise ModelError(f"a model of type '{family.model_type}' has no task '{task}': it has {', '.join(family.tasks)}")
+        raise UnsupportedModelError(
+            f"a model of type '{family.model_type}' has no task '{task}': it has {', '.join(family.tasks)}"
+        )

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging
 
 from sfl.data.settings import Task
-from sfl.errors import ModelError
+from sfl.errors import ModelError, ModelNotFoundError, UnsupportedModelError
 from sfl.model.checkpoint import Checkpoint, is_directory, require_safetensors
 from sfl.model.families import FAMILIES, family_of, require_task
 from sfl.model.packed import require_whole
@@ -30,7 +30,7 @@ def load_config(name_or_dir: str | Path) -> PretrainedConfig:
     with explained(name_or_dir):
         config = AutoConfig.from_pretrained(require_model(name_or_dir), trust_remote_code=False)
     if not isinstance(config, PretrainedConfig):
-        raise ModelError(f"'{name_or_dir}' has no model configuration")
+        raise ModelNotFoundError(f"'{name_or_dir}' has no model configuration")
     return config
 
 
@@ -96,7 +96,7 @@ def check_max_length(config: PretrainedConfig, max_length: int) -> None:
     if limit is not None and config.model_type == "roberta":
         limit -= config.pad_token_id + 1  # its positions start after the pad token's id
     if limit is not None and max_length > limit:
-        raise ModelError(f"a maximum length of {max_length} tokens is more than this model takes: at most {limit}")
+        raise UnsupportedModelError(f"a maximum length of {max_length} tokens is more than this model takes: at most {limit}")
 
 
 def require_model(name_or_dir: str | Path) -> str:
@@ -104,10 +104,10 @@ def require_model(name_or_dir: str | Path) -> str:
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"'{name}' is no model directory: it has no config.json")
+            raise ModelNotFoundError(f"'{name}' is no model directory: it has no config.json")
         return str(path)
     if path.exists() or isinstance(name_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"there is no model directory '{name}'")
+        raise ModelNotFoundError(f"there is no model directory '{name}'")
     return name
 
 
@@ -131,7 +131,7 @@ def explained(name_or_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(_reason(name_or_dir, error)) from error
+        raise _meaning(name_or_dir, error) from error
     finally:
         _hf_logging.set_verbosity(verbosity)
         _hub_logging.set_verbosity(hub_verbosity)
@@ -139,10 +139,12 @@ def explained(name_or_dir: str | Path) -> Iterator[None]:
             _hf_logging.enable_progress_bar()
 
 
-def _reason(name_or_dir: str | Path, error: Exception) -> str:
+def _meaning(name_or_dir: str | Path, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return f"'{name_or_dir}' is of an unknown model type; those that can be cut: {', '.join(FAMILIES)}"
+        return UnsupportedModelError(f"'{name_or_dir}' is of an unknown model type; those that can be cut: {', '.join(FAMILIES)}")
     if not is_directory(name_or_dir):
-        return f"'{name_or_dir}' is neither a directory nor a model that the Hugging Face hub or its local cache gave: {text}"
-    return f"'{name_or_dir}' cannot be loaded: {text}"
+        return ModelNotFoundError(
+            f"'{name_or_dir}' is neither a directory nor a model that the Hugging Face hub or its local cache gave: {text}"
+        )
+    return ModelError(f"'{name_or_dir}' cannot be loaded: {text}")

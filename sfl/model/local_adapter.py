@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
 import torch
 
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, difference, edge_half, total
+from sfl.errors import AdapterError
 from sfl.model.frozen_factors import frozen_state
 from sfl.model.lora import AdapterSlots
+from sfl.state_file import Tensors
 from sfl.wire.split import OptimizerSpec, TrainingRules
 
 _AS_EVER = TrainingRules()
+_VALUE, _ANCHOR, _ORIGIN, _MOMENT = "value", "anchor", "origin", "moment"  # what the names of a state's tensors begin with
 
 
 class LocalAdapter:
@@ -114,6 +118,56 @@ class LocalAdapter:
         self._begin_at(state)
         self.version = version
 
+    def begin(self, state: AdapterState, version: int) -> None:
+        """Be what a new adapter at this version is: no progress, and an optimiser that has not stepped yet. Raises as `adopt`."""
+        self.adopt(state, version, keep_progress=False)
+        self._optimizer.state.clear()
+
+    def state(self) -> Tensors:
+        """All that training has made of this, `version` aside, by names from which `restore` takes it; later steps leave it."""
+        found: Tensors = {}
+        for name, state in ((_VALUE, self.values()), (_ANCHOR, self._anchor)):
+            found |= {f"{name}/{key}": value for key, value in state.items()}
+        found |= {f"{_ORIGIN}/{key}": origin.cpu().numpy() for key, origin in self._origin.items()}
+        for key, parameter in self._parameters.items():
+            moments = self._optimizer.state.get(parameter, {})
+            found |= {f"{_MOMENT}/{name}/{key}": np.array(moment.cpu().numpy()) for name, moment in moments.items()}
+        return found
+
+    @torch.no_grad()
+    def restore(self, tensors: Tensors, version: int) -> None:
+        """Be what the adapter was whose `state` is `tensors`, at this version; it had the same cut, rank and rules.
+
+        Raises `AdapterError` when these are not its tensors; nothing has changed then.
+        """
+        values, anchor, origin = (_named(tensors, name) for name in (_VALUE, _ANCHOR, _ORIGIN))
+        self._slots.require(values, self._cut, self._rank)
+        for found, wanted in ((anchor, self._parameters), (origin, self._parameters if self._rules.proximal else {})):
+            for key in sorted(found.keys() ^ wanted.keys()):
+                raise AdapterError(f"adapter tensor {key} is {'unknown to' if key in found else 'missing from'} a state")
+        frozen = self._slots.frozen_for(values, self._cut)
+        moments = self._moments_in(tensors)
+        self._frozen, self._anchor, self.version = frozen, anchor, version
+        for key, parameter in self._all.items():
+            parameter.copy_(torch.from_numpy(values[key]))
+        self._origin = {key: torch.from_numpy(value).to(self._parameters[key].device) for key, value in origin.items()}
+        self._optimizer.state.clear()
+        for parameter, kept in moments.items():
+            self._optimizer.state[parameter] = kept
+
+    def _moments_in(self, tensors: Tensors) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
+        """What the optimiser keeps of each parameter: its moments beside it, its count of steps in CPU memory."""
+        found: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, array in tensors.items():
+            if name.startswith(f"{_MOMENT}/"):
+                _, moment, key = name.split("/", 2)
+                parameter = self._parameters.get(AdapterKey.parse(key))
+                if parameter is None:
+                    raise AdapterError(f"adapter tensor {key} is unknown to a state")
+                tensor = torch.from_numpy(np.array(array))
+                found[parameter][moment] = tensor.to(parameter.device) if tensor.shape == parameter.shape else tensor
+        return dict(found)
+
     def _begin_at(self, state: AdapterState) -> None:
         """Take the version whose half is `state` as where training begins, and where the proximal term pulls to."""
         self._anchor = self._of_trained(state)
@@ -136,6 +190,15 @@ class LocalAdapter:
 
     def _is_trained(self, key: AdapterKey) -> bool:
         return key.layer == HEAD or key.part not in self._rules.frozen_parts
+
+
+def values_in(tensors: Tensors) -> AdapterState:
+    """The values in a `LocalAdapter.state`, of which another one can be made before it is restored."""
+    return _named(tensors, _VALUE)
+
+
+def _named(tensors: Tensors, name: str) -> AdapterState:
+    return {AdapterKey.parse(key[len(name) + 1 :]): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
 def _make_optimizer(parameters: list[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:

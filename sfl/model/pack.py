@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sfl.errors import ModelError
+from sfl.errors import DamagedModelError
 from sfl.model.checkpoint import DTYPES as STORED_DTYPES
 from sfl.model.checkpoint import WEIGHTS, Checkpoint, StoredTensor, find_files
 from sfl.model.cut import DeviceHalf, check_cut
@@ -147,4 +147,6 @@ class _WeightsFile:
             for part in entry.parts:
                 stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if stream.tell() != start + entry.size:
-                raise ModelError(f"tensor '{entry.name}' has not the size that its shape asks for: fetch the checkpoint again")
+                raise DamagedModelError(
+                    f"tensor '{entry.name}' has not the size that its shape asks for: fetch the checkpoint again"
+                )

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfl.errors import ModelError
+from sfl.errors import DamagedModelError, ModelError
 
 _FILE = "sfl.json"
 FORMAT = 2  # of packed halves: their files and how weights are quantised; part of a half's source
@@ -34,13 +34,13 @@ def read_packed(name_or_dir: str | Path) -> PackedHalf | None:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         if entries["format"] != FORMAT:
-            raise ModelError(
+            raise DamagedModelError(
                 f"'{path}' is of pack format {str(entries['format'])[:20]}, and this version of sfl reads format {FORMAT}:"
                 " run the same version here and where it was packed, and have it packed anew"
             )
         return PackedHalf(str(entries["fingerprint"]), str(entries["source"]), int(entries["cut"]), str(entries["precision"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ModelError(f"'{path}' does not describe a packed half ({error}): pack it anew") from error
+        raise DamagedModelError(f"'{path}' does not describe a packed half ({error}): pack it anew") from error
 
 
 def require_packed(name_or_dir: str | Path, cut: int, precision: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sfl.errors import ModelError
+from sfl.errors import PrecisionError
 from sfl.model.frozen import CastLinear, FrozenLinear
 from sfl.model.quantised import Int8Linear, Nf4Linear, QuantisedLinear
 from sfl.settings import Compute, Precision, RunOn
@@ -46,14 +46,18 @@ def require_runnable(precision: Precision, compute: Compute, run_on: RunOn) -> N
     Raises `ModelError` where this machine cannot, and says why.
     """
     if run_on == "cuda" and not torch.cuda.is_available():
-        raise ModelError("run_on is cuda, but this torch finds no GPU: install one that is built for it, or take run_on = cpu")
+        raise PrecisionError(
+            "run_on is cuda, but this torch finds no GPU: install one that is built for it, or take run_on = cpu"
+        )
     what = f"{precision} weights with {compute} activations on this machine's {'GPU' if run_on == 'cuda' else 'processor'}"
     try:
         error = _error_of_a_layer(precision, compute, run_on)
     except (RuntimeError, NotImplementedError, AttributeError, OSError, ValueError, TypeError) as failure:
-        raise ModelError(f"{what} do not run: {' '.join(str(failure).split())}. Take another precision or compute") from failure
+        raise PrecisionError(
+            f"{what} do not run: {' '.join(str(failure).split())}. Take another precision or compute"
+        ) from failure
     if not error < _TOLERANCE[precision]:
-        raise ModelError(f"{what} give wrong numbers: they are off by {error:.0%}. Take another precision or compute")
+        raise PrecisionError(f"{what} give wrong numbers: they are off by {error:.0%}. Take another precision or compute")
 
 
 def _error_of_a_layer(precision: Precision, compute: Compute, run_on: RunOn) -> float:

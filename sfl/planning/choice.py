@@ -18,7 +18,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from sfl.errors import SettingsError
+from sfl.errors import MemoryShortError
 from sfl.model.cut import check_cut
 from sfl.planning.calibration import MARGIN, Calibration
 from sfl.planning.plan import CutPlan, Plan, make_plan
@@ -72,7 +72,7 @@ def choose_cut(
     found = recommend(plan, memory_mb)
     if found.cut is None:
         least = min(plan.cuts, key=lambda entry: entry.device_mb)
-        raise SettingsError(f"{found.reason} ({_parts(least)}). {_ways_out(config, request, least, memory_mb, calibration)}")
+        raise MemoryShortError(f"{found.reason} ({_parts(least)}). {_ways_out(config, request, least, memory_mb, calibration)}")
     chosen = next(entry for entry in plan.cuts if entry.cut == found.cut)
     if fit(chosen, memory_mb) == "barely":
         log.warning("%s", found.reason)
@@ -92,7 +92,7 @@ def require_fits(
     if (1 - MARGIN) * chosen.device_mb > memory_mb:
         shallower = [entry.cut for entry in plan.cuts if fit(entry, memory_mb) != "no"]
         other = f"Cuts up to {max(shallower)} fit. " if shallower else ""
-        raise SettingsError(
+        raise MemoryShortError(
             f"cut {cut} does not fit {memory_mb:.0f} MB: it needs {chosen.device_mb:.0f} MB ({_parts(chosen)}). {other}"
             f"{_ways_out(config, request, chosen, memory_mb, calibration)}"
         )

@@ -30,8 +30,11 @@ class StandInEdge:
         self.traffic = Traffic()
         self._assembler: Assembler[EdgeMessage] = Assembler(self.traffic)
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        message = DeviceMessage(step=step_request(step, version, rate_factor))
+    def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
+        """There is nothing to open."""
+
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
+        message = DeviceMessage(step=step_request(step, version, rate_factor, checkpoint))
         outgoing = list(frames(message, batch_to_wire(batch), self.traffic))  # all wait in a queue, as with the real link
         outgoing.reverse()
         while outgoing:
@@ -46,10 +49,10 @@ class StandInEdge:
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         raise WireError("a stand-in has no deeper blocks to evaluate with")
 
-    def submit(self, submission: str, version: int) -> None:
+    def submit(self, submission: str, version: int, checkpoint: int = 0) -> None:
         """Nobody takes it."""
 
-    def adopt(self, version: int, keep_progress: bool) -> None:
+    def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
         """There is no other version."""
 
     def _answer(self, step: int, version: int, like: Tensor) -> Iterator[bytes]:

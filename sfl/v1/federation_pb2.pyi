@@ -19,7 +19,7 @@ DEVICE: Role
 EDGE: Role
 
 class JoinRequest(_message.Message):
-    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length", "rank")
+    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length", "rank", "edge", "federation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,8 @@ class JoinRequest(_message.Message):
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     task: str
@@ -44,17 +46,23 @@ class JoinRequest(_message.Message):
     columns: _containers.RepeatedScalarFieldContainer[str]
     max_length: int
     rank: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+    edge: str
+    federation: str
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., edge: _Optional[str] = ..., federation: _Optional[str] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("federation",)
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    def __init__(self, federation: _Optional[str] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "federation")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    federation: str
+    def __init__(self, name: _Optional[str] = ..., federation: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("waiting", "agreement", "published", "finished", "heartbeat")
@@ -71,12 +79,16 @@ class Event(_message.Message):
     def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., heartbeat: _Optional[_Union[_split_pb2.Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Waiting(_message.Message):
-    __slots__ = ("joined", "expected")
+    __slots__ = ("joined", "expected", "proposal", "edges")
     JOINED_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    PROPOSAL_FIELD_NUMBER: _ClassVar[int]
+    EDGES_FIELD_NUMBER: _ClassVar[int]
     joined: int
     expected: int
-    def __init__(self, joined: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
+    proposal: bool
+    edges: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, joined: _Optional[int] = ..., expected: _Optional[int] = ..., proposal: _Optional[bool] = ..., edges: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Agreement(_message.Message):
     __slots__ = ("labels", "columns", "max_length", "policy")
@@ -243,8 +255,10 @@ class Link(_message.Message):
     def __init__(self, bytes_per_s: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("whole",)
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    whole: bool
+    def __init__(self, whole: _Optional[bool] = ...) -> None: ...
 
 class VersionHeader(_message.Message):
     __slots__ = ("version",)
@@ -267,11 +281,153 @@ class FetchRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "evaluates")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    EVALUATES_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    evaluates: bool
+    def __init__(self, name: _Optional[str] = ..., evaluates: _Optional[bool] = ...) -> None: ...
 
 class LeaveReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("refusal", "error", "time")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    refusal: str
+    error: int
+    time: float
+    def __init__(self, refusal: _Optional[str] = ..., error: _Optional[int] = ..., time: _Optional[float] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("name", "activity", "sfl", "uptime_s", "memory_bytes", "peak_memory_bytes", "bytes_sent", "bytes_received", "steps", "planned_steps", "version", "submissions", "loss", "step_age_s", "step_s", "edge_wait_s", "stepping", "upload_s", "sessions")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    SFL_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    EDGE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    STEPPING_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_S_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    activity: str
+    sfl: str
+    uptime_s: float
+    memory_bytes: int
+    peak_memory_bytes: int
+    bytes_sent: int
+    bytes_received: int
+    steps: int
+    planned_steps: int
+    version: int
+    submissions: int
+    loss: float
+    step_age_s: float
+    step_s: float
+    edge_wait_s: float
+    stepping: bool
+    upload_s: float
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionReport]
+    def __init__(self, name: _Optional[str] = ..., activity: _Optional[str] = ..., sfl: _Optional[str] = ..., uptime_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., steps: _Optional[int] = ..., planned_steps: _Optional[int] = ..., version: _Optional[int] = ..., submissions: _Optional[int] = ..., loss: _Optional[float] = ..., step_age_s: _Optional[float] = ..., step_s: _Optional[float] = ..., edge_wait_s: _Optional[float] = ..., stepping: _Optional[bool] = ..., upload_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionReport, _Mapping]]] = ...) -> None: ...
+
+class SessionReport(_message.Message):
+    __slots__ = ("device", "step", "compute_s", "queue_s", "step_age_s")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    step: int
+    compute_s: float
+    queue_s: float
+    step_age_s: float
+    def __init__(self, device: _Optional[str] = ..., step: _Optional[int] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., step_age_s: _Optional[float] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("time", "sfl", "name", "uptime_s", "state", "version", "version_age_s", "joined", "expected", "aggregations", "submissions", "refused", "pooled", "memory_bytes", "bytes_sent", "bytes_received", "members")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    SFL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATIONS_FIELD_NUMBER: _ClassVar[int]
+    SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    sfl: str
+    name: str
+    uptime_s: float
+    state: str
+    version: int
+    version_age_s: float
+    joined: int
+    expected: int
+    aggregations: int
+    submissions: int
+    refused: int
+    pooled: _containers.RepeatedScalarFieldContainer[str]
+    memory_bytes: int
+    bytes_sent: int
+    bytes_received: int
+    members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
+    def __init__(self, time: _Optional[float] = ..., sfl: _Optional[str] = ..., name: _Optional[str] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., version_age_s: _Optional[float] = ..., joined: _Optional[int] = ..., expected: _Optional[int] = ..., aggregations: _Optional[int] = ..., submissions: _Optional[int] = ..., refused: _Optional[int] = ..., pooled: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ...) -> None: ...
+
+class MemberStatus(_message.Message):
+    __slots__ = ("name", "role", "presence", "heard_s", "cut", "examples", "edge", "submissions", "link", "report", "report_age_s", "slow")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    HEARD_S_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    REPORT_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SLOW_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: Role
+    presence: str
+    heard_s: float
+    cut: int
+    examples: int
+    edge: str
+    submissions: int
+    link: Link
+    report: ReportRequest
+    report_age_s: float
+    slow: str
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., presence: _Optional[str] = ..., heard_s: _Optional[float] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., edge: _Optional[str] = ..., submissions: _Optional[int] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., report: _Optional[_Union[ReportRequest, _Mapping]] = ..., report_age_s: _Optional[float] = ..., slow: _Optional[str] = ...) -> None: ...

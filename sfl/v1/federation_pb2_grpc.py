@@ -64,6 +64,21 @@ class FederationStub:
                 request_serializer=sfl_dot_v1_dot_federation__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=sfl_dot_v1_dot_federation__pb2.LeaveReply.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/sfl.v1.Federation/Check',
+                request_serializer=sfl_dot_v1_dot_federation__pb2.JoinRequest.SerializeToString,
+                response_deserializer=sfl_dot_v1_dot_federation__pb2.CheckReply.FromString,
+                _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/sfl.v1.Federation/Report',
+                request_serializer=sfl_dot_v1_dot_federation__pb2.ReportRequest.SerializeToString,
+                response_deserializer=sfl_dot_v1_dot_federation__pb2.ReportReply.FromString,
+                _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/sfl.v1.Federation/Status',
+                request_serializer=sfl_dot_v1_dot_federation__pb2.StatusRequest.SerializeToString,
+                response_deserializer=sfl_dot_v1_dot_federation__pb2.StatusReply.FromString,
+                _registered_method=True)
 
 
 class FederationServicer:
@@ -105,7 +120,28 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """A device is done. Answered at once; when the last device has left, the rest of the pool is aggregated.
+        """A device is done with its steps, or with all. Answered at once; when the last one has left, the rest of the pool is aggregated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Whether Join would be refused, and the server's clock. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Report(self, request, context):
+        """How a member is doing, every few seconds. Nothing depends on it but what Status tells.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """How the federation and its members are doing, for whoever watches it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +179,21 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=sfl_dot_v1_dot_federation__pb2.LeaveRequest.FromString,
                     response_serializer=sfl_dot_v1_dot_federation__pb2.LeaveReply.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=sfl_dot_v1_dot_federation__pb2.JoinRequest.FromString,
+                    response_serializer=sfl_dot_v1_dot_federation__pb2.CheckReply.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=sfl_dot_v1_dot_federation__pb2.ReportRequest.FromString,
+                    response_serializer=sfl_dot_v1_dot_federation__pb2.ReportReply.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=sfl_dot_v1_dot_federation__pb2.StatusRequest.FromString,
+                    response_serializer=sfl_dot_v1_dot_federation__pb2.StatusReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +358,87 @@ class Federation:
             '/sfl.v1.Federation/Leave',
             sfl_dot_v1_dot_federation__pb2.LeaveRequest.SerializeToString,
             sfl_dot_v1_dot_federation__pb2.LeaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sfl.v1.Federation/Check',
+            sfl_dot_v1_dot_federation__pb2.JoinRequest.SerializeToString,
+            sfl_dot_v1_dot_federation__pb2.CheckReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sfl.v1.Federation/Report',
+            sfl_dot_v1_dot_federation__pb2.ReportRequest.SerializeToString,
+            sfl_dot_v1_dot_federation__pb2.ReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sfl.v1.Federation/Status',
+            sfl_dot_v1_dot_federation__pb2.StatusRequest.SerializeToString,
+            sfl_dot_v1_dot_federation__pb2.StatusReply.FromString,
             options,
             channel_credentials,
             insecure,

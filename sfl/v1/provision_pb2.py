@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sfl.v1 import split_pb2 as sfl_dot_v1_dot_split__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sfl/v1/provision.proto\x12\x06sfl.v1\x1a\x12sfl/v1/split.proto\"!\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\xd0\x01\n\x0b\x44\x65scription\x12\x0c\n\x04\x65\x64ge\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x1a\n\x04lora\x18\x05 \x01(\x0b\x32\x0c.sfl.v1.Lora\x12\x12\n\nlowest_cut\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x12\n\nprecisions\x18\x08 \x03(\t\x12\x0e\n\x06\x63onfig\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\t\"6\n\x04Half\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\r\x12\x11\n\tprecision\x18\x03 \x01(\t\"9\n\x0bPackRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x1a\n\x04half\x18\x02 \x01(\x0b\x32\x0c.sfl.v1.Half\"^\n\tPackReply\x12!\n\x05\x66iles\x18\x01 \x01(\x0b\x32\x10.sfl.v1.FileListH\x00\x12&\n\theartbeat\x18\x02 \x01(\x0b\x32\x11.sfl.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"A\n\x08\x46ileList\x12\x13\n\x0b\x62lock_bytes\x18\x01 \x01(\r\x12 \n\x05\x66iles\x18\x02 \x03(\x0b\x32\x11.sfl.v1.FileEntry\"8\n\tFileEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x03(\x0c\"g\n\x0bReadRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x1a\n\x04half\x18\x02 \x01(\x0b\x32\x0c.sfl.v1.Half\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\x19\n\tFileChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xac\x01\n\x0cProvisioning\x12\x38\n\x08\x44\x65scribe\x12\x17.sfl.v1.DescribeRequest\x1a\x13.sfl.v1.Description\x12\x30\n\x04Pack\x12\x13.sfl.v1.PackRequest\x1a\x11.sfl.v1.PackReply0\x01\x12\x30\n\x04Read\x12\x13.sfl.v1.ReadRequest\x1a\x11.sfl.v1.FileChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sfl/v1/provision.proto\x12\x06sfl.v1\x1a\x12sfl/v1/split.proto\"!\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\xde\x01\n\x0b\x44\x65scription\x12\x0c\n\x04\x65\x64ge\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x1a\n\x04lora\x18\x05 \x01(\x0b\x32\x0c.sfl.v1.Lora\x12\x12\n\nlowest_cut\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x12\n\nprecisions\x18\x08 \x03(\t\x12\x0e\n\x06\x63onfig\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\t\x12\x0c\n\x04time\x18\x0b \x01(\x01\"6\n\x04Half\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\r\x12\x11\n\tprecision\x18\x03 \x01(\t\"9\n\x0bPackRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x1a\n\x04half\x18\x02 \x01(\x0b\x32\x0c.sfl.v1.Half\"^\n\tPackReply\x12!\n\x05\x66iles\x18\x01 \x01(\x0b\x32\x10.sfl.v1.FileListH\x00\x12&\n\theartbeat\x18\x02 \x01(\x0b\x32\x11.sfl.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"A\n\x08\x46ileList\x12\x13\n\x0b\x62lock_bytes\x18\x01 \x01(\r\x12 \n\x05\x66iles\x18\x02 \x03(\x0b\x32\x11.sfl.v1.FileEntry\"8\n\tFileEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x03(\x0c\"g\n\x0bReadRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x1a\n\x04half\x18\x02 \x01(\x0b\x32\x0c.sfl.v1.Half\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\x19\n\tFileChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xac\x01\n\x0cProvisioning\x12\x38\n\x08\x44\x65scribe\x12\x17.sfl.v1.DescribeRequest\x1a\x13.sfl.v1.Description\x12\x30\n\x04Pack\x12\x13.sfl.v1.PackRequest\x1a\x11.sfl.v1.PackReply0\x01\x12\x30\n\x04Read\x12\x13.sfl.v1.ReadRequest\x1a\x11.sfl.v1.FileChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=54
   _globals['_DESCRIBEREQUEST']._serialized_end=87
   _globals['_DESCRIPTION']._serialized_start=90
-  _globals['_DESCRIPTION']._serialized_end=298
-  _globals['_HALF']._serialized_start=300
-  _globals['_HALF']._serialized_end=354
-  _globals['_PACKREQUEST']._serialized_start=356
-  _globals['_PACKREQUEST']._serialized_end=413
-  _globals['_PACKREPLY']._serialized_start=415
-  _globals['_PACKREPLY']._serialized_end=509
-  _globals['_FILELIST']._serialized_start=511
-  _globals['_FILELIST']._serialized_end=576
-  _globals['_FILEENTRY']._serialized_start=578
-  _globals['_FILEENTRY']._serialized_end=634
-  _globals['_READREQUEST']._serialized_start=636
-  _globals['_READREQUEST']._serialized_end=739
-  _globals['_FILECHUNK']._serialized_start=741
-  _globals['_FILECHUNK']._serialized_end=766
-  _globals['_PROVISIONING']._serialized_start=769
-  _globals['_PROVISIONING']._serialized_end=941
+  _globals['_DESCRIPTION']._serialized_end=312
+  _globals['_HALF']._serialized_start=314
+  _globals['_HALF']._serialized_end=368
+  _globals['_PACKREQUEST']._serialized_start=370
+  _globals['_PACKREQUEST']._serialized_end=427
+  _globals['_PACKREPLY']._serialized_start=429
+  _globals['_PACKREPLY']._serialized_end=523
+  _globals['_FILELIST']._serialized_start=525
+  _globals['_FILELIST']._serialized_end=590
+  _globals['_FILEENTRY']._serialized_start=592
+  _globals['_FILEENTRY']._serialized_end=648
+  _globals['_READREQUEST']._serialized_start=650
+  _globals['_READREQUEST']._serialized_end=753
+  _globals['_FILECHUNK']._serialized_start=755
+  _globals['_FILECHUNK']._serialized_end=780
+  _globals['_PROVISIONING']._serialized_start=783
+  _globals['_PROVISIONING']._serialized_end=955
 # @@protoc_insertion_point(module_scope)

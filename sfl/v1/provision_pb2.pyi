@@ -14,7 +14,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, device: _Optional[str] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("edge", "base_model", "model_fingerprint", "task", "lora", "lowest_cut", "num_layers", "precisions", "config", "source")
+    __slots__ = ("edge", "base_model", "model_fingerprint", "task", "lora", "lowest_cut", "num_layers", "precisions", "config", "source", "time")
     EDGE_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class Description(_message.Message):
     PRECISIONS_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     edge: str
     base_model: str
     model_fingerprint: str
@@ -35,7 +36,8 @@ class Description(_message.Message):
     precisions: _containers.RepeatedScalarFieldContainer[str]
     config: str
     source: str
-    def __init__(self, edge: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., task: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., lowest_cut: _Optional[int] = ..., num_layers: _Optional[int] = ..., precisions: _Optional[_Iterable[str]] = ..., config: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    time: float
+    def __init__(self, edge: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., task: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., lowest_cut: _Optional[int] = ..., num_layers: _Optional[int] = ..., precisions: _Optional[_Iterable[str]] = ..., config: _Optional[str] = ..., source: _Optional[str] = ..., time: _Optional[float] = ...) -> None: ...
 
 class Half(_message.Message):
     __slots__ = ("source", "cut", "precision")

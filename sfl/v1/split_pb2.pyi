@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DeviceMessage(_message.Message):
-    __slots__ = ("open", "step", "evaluate", "submit", "adopt", "close", "chunk", "tensors")
+    __slots__ = ("open", "step", "evaluate", "submit", "adopt", "close", "chunk", "pause", "tensors")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class DeviceMessage(_message.Message):
     ADOPT_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     open: Open
     step: Step
@@ -24,11 +25,12 @@ class DeviceMessage(_message.Message):
     adopt: Adopt
     close: Close
     chunk: bytes
+    pause: Pause
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., submit: _Optional[_Union[SubmitHalf, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., chunk: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., submit: _Optional[_Union[SubmitHalf, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., chunk: _Optional[bytes] = ..., pause: _Optional[_Union[Pause, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("opened", "step", "evaluated", "submitted", "adopted", "closed", "chunk", "heartbeat", "tensors")
+    __slots__ = ("opened", "step", "evaluated", "submitted", "adopted", "closed", "chunk", "heartbeat", "paused", "tensors")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +39,7 @@ class EdgeMessage(_message.Message):
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     step: StepDone
@@ -46,8 +49,9 @@ class EdgeMessage(_message.Message):
     closed: Closed
     chunk: bytes
     heartbeat: Heartbeat
+    paused: Paused
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., submitted: _Optional[_Union[HalfTaken, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., chunk: _Optional[bytes] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., submitted: _Optional[_Union[HalfTaken, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., chunk: _Optional[bytes] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., paused: _Optional[_Union[Paused, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ...) -> None: ...
 
 class Lora(_message.Message):
     __slots__ = ("rank", "alpha", "dropout", "target_modules")
@@ -74,7 +78,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., decay_steps: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed", "dtype", "rank", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer")
+    __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed", "dtype", "rank", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "standing")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +94,7 @@ class Open(_message.Message):
     FROZEN_PARTS_FIELD_NUMBER: _ClassVar[int]
     SHARED_EDGE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     session: str
     device: str
     task: str
@@ -105,23 +110,44 @@ class Open(_message.Message):
     frozen_parts: _containers.RepeatedScalarFieldContainer[str]
     shared_edge_adapter: bool
     fresh_optimizer: bool
-    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ...) -> None: ...
+    standing: Standing
+    def __init__(self, session: _Optional[str] = ..., device: _Optional[str] = ..., task: _Optional[str] = ..., cut: _Optional[int] = ..., version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., seed: _Optional[int] = ..., dtype: _Optional[str] = ..., rank: _Optional[int] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
+
+class Standing(_message.Message):
+    __slots__ = ("resume", "restored", "checkpoints", "last_step")
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    resume: bool
+    restored: bool
+    checkpoints: _containers.RepeatedScalarFieldContainer[int]
+    last_step: int
+    def __init__(self, resume: _Optional[bool] = ..., restored: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[int]] = ..., last_step: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("last_step",)
+    __slots__ = ("last_step", "checkpoint", "lost", "edge")
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FIELD_NUMBER: _ClassVar[int]
     last_step: int
-    def __init__(self, last_step: _Optional[int] = ...) -> None: ...
+    checkpoint: int
+    lost: bool
+    edge: str
+    def __init__(self, last_step: _Optional[int] = ..., checkpoint: _Optional[int] = ..., lost: _Optional[bool] = ..., edge: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "version", "learning_rate_factor")
+    __slots__ = ("step", "version", "learning_rate_factor", "checkpoint")
     STEP_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     step: int
     version: int
     learning_rate_factor: float
-    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ...) -> None: ...
+    checkpoint: int
+    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ..., checkpoint: _Optional[int] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("step", "version", "loss", "layer_norms")
@@ -158,12 +184,14 @@ class Evaluated(_message.Message):
     def __init__(self, loss: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
 
 class SubmitHalf(_message.Message):
-    __slots__ = ("submission", "version")
+    __slots__ = ("submission", "version", "checkpoint")
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     submission: str
     version: int
-    def __init__(self, submission: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    checkpoint: int
+    def __init__(self, submission: _Optional[str] = ..., version: _Optional[int] = ..., checkpoint: _Optional[int] = ...) -> None: ...
 
 class HalfTaken(_message.Message):
     __slots__ = ("submission",)
@@ -172,18 +200,30 @@ class HalfTaken(_message.Message):
     def __init__(self, submission: _Optional[str] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("version", "keep_progress")
+    __slots__ = ("version", "keep_progress", "checkpoint")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     KEEP_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     version: int
     keep_progress: bool
-    def __init__(self, version: _Optional[int] = ..., keep_progress: _Optional[bool] = ...) -> None: ...
+    checkpoint: int
+    def __init__(self, version: _Optional[int] = ..., keep_progress: _Optional[bool] = ..., checkpoint: _Optional[int] = ...) -> None: ...
 
 class Adopted(_message.Message):
     __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class Pause(_message.Message):
+    __slots__ = ("checkpoint",)
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: int
+    def __init__(self, checkpoint: _Optional[int] = ...) -> None: ...
+
+class Paused(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ()

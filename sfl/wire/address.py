@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sfl.errors import SettingsError
+import ipaddress
+
+from sfl.errors import AddressError
 
 
 def check_address(address: str) -> tuple[str, int]:
@@ -10,5 +12,14 @@ def check_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not host or "/" in host or (":" in host and not bracketed) or not port.isdecimal() or int(port) > 65535:
-        raise SettingsError(f"'{address}' is no address: expected HOST:PORT, as in 192.168.1.10:7300 or [::1]:7300")
+        raise AddressError(f"'{address}' is no address: expected HOST:PORT, as in 192.168.1.10:7300 or [::1]:7300")
     return host, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether what goes to `host:port` never leaves this machine."""
+    host = check_address(address)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

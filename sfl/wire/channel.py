@@ -3,6 +3,8 @@
 Keepalive: a client pings every 30 s, also when no call is open, so that a NAT box on the way keeps the connection; the
 server allows pings down to 10 s apart, so that none is ever "too many". A peer that does not answer a ping in 20 s is
 gone, one that is merely slow is not.
+
+With a node's certificate a connection is TLS, and both ends show who they are; without one it is plaintext.
 """
 
 from __future__ import annotations
@@ -19,9 +21,14 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from sfl.errors import RefusedError, SettingsError, SflError, UnreachableError
+from sfl.errors import ListenError, RefusedError, SflError, UnreachableError
+from sfl.identity.identity import Role
+from sfl.identity.node import Node
 from sfl.telemetry import log
 from sfl.wire.address import check_address
+from sfl.wire.refusals import number_of
+from sfl.wire.renewed import RenewedChannel
+from sfl.wire.tls import check_peer, client_credentials, require_plaintext, server_credentials
 
 HEARTBEAT_S = 10.0  # between two heartbeats on a stream that has nothing else to say
 SILENCE_S = 60.0  # a stream without even a heartbeat for so long is broken
@@ -39,6 +46,8 @@ _SERVER_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),  # a connection on which no TLS begins is no connection
+    ("grpc.max_concurrent_streams", 512),  # of one connection; a client with more calls waits
 )
 _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -54,39 +63,65 @@ _REFUSALS = {
 Result = TypeVar("Result")
 
 
-def dial(address: str, peer: str, wait_s: float) -> grpc.Channel:
+def dial(address: str, peer: str, wait_s: float, node: Node | None = None, role: Role | None = None) -> grpc.Channel:
     """A channel to `peer` ("the edge server", for messages) at `address`, connected.
 
-    Raises `SettingsError` for an address that is none and `UnreachableError` after `wait_s` seconds without an answer.
+    With `node` over TLS, and the server must have a certificate for `role`. Raises `SettingsError` for an address that is none,
+    `PeerIdentityError` when the server is not the one that should be there or does not accept this node, and
+    `UnreachableError` after `wait_s` seconds without an answer.
     """
     check_address(address)
-    channel = grpc.insecure_channel(address, options=_CLIENT_OPTIONS)  # credentials go here
+    channel: grpc.Channel
+    if node is None:
+        channel = grpc.insecure_channel(address, options=_CLIENT_OPTIONS)
+    else:
+        channel = RenewedChannel(
+            node, lambda shown: grpc.secure_channel(address, client_credentials(shown), options=_CLIENT_OPTIONS)
+        )
     ready = grpc.channel_ready_future(channel)
-    started = time.monotonic()
+    try:
+        _wait_until_ready(ready, address, peer, wait_s, node, role)
+    except BaseException:
+        ready.cancel()
+        channel.close()
+        raise
+    return channel
+
+
+def _wait_until_ready(ready: Any, address: str, peer: str, wait_s: float, node: Node | None, role: Role | None) -> None:
+    started, pace = time.monotonic(), 1.0
     while True:
+        if node is not None:
+            check_peer(address, peer, node, role, min(pace, wait_s))
         left = wait_s - (time.monotonic() - started)
         try:
-            ready.result(timeout=max(0.0, min(5.0, left)))
-            return channel
+            ready.result(timeout=max(0.0, min(pace, left)))
+            return
         except grpc.FutureTimeoutError:
-            if left <= 5.0:
-                ready.cancel()
-                channel.close()
-                raise UnreachableError(
-                    f"{peer} at {address} did not answer within {wait_s:g} s: is it running, and is the address right?"
-                ) from None
-            log.info("waiting for %s at %s (%.0f of %.0f s)", peer, address, wait_s - left + 5.0, wait_s)
+            if node is None:
+                require_plaintext(address, peer, min(pace, wait_s))
+        if left <= pace:
+            raise UnreachableError(
+                f"{peer} at {address} did not answer within {wait_s:g} s: is it running, and is the address right?"
+            )
+        log.info("waiting for %s at %s (%.0f of %.0f s)", peer, address, time.monotonic() - started, wait_s)
+        pace = 5.0
 
 
-def serve(address: str) -> tuple[grpc.aio.Server, str]:
+def serve(
+    address: str, node: Node | None = None, guard: grpc.aio.ServerInterceptor[Any, Any] | None = None, connections: int = 4096
+) -> tuple[grpc.aio.Server, str]:
     """A server bound to `address`, not yet started, and the address with the port it got (for port 0).
 
+    With `node` over TLS: whoever has no certificate of the same authority gets no further than the handshake. `guard` stands
+    before all services; at most so many `connections` are taken at a time.
     Raises `SettingsError` when the address is none or cannot be bound.
     """
     host, port = check_address(address)
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections))
+    server = grpc.aio.server(options=options, interceptors=None if guard is None else [guard])
     try:
-        bound = server.add_insecure_port(address)  # credentials go here
+        bound = server.add_insecure_port(address) if node is None else server.add_secure_port(address, server_credentials(node))
     except RuntimeError as error:
         raise _cannot_listen(address, _bind_error(host, port) or "gRPC could not bind it") from error
     return server, f"{host}:{bound}"
@@ -98,8 +133,8 @@ def check_listen(address: str) -> None:
         raise _cannot_listen(address, reason)
 
 
-def _cannot_listen(address: str, reason: str) -> SettingsError:
-    return SettingsError(f"cannot listen on {address}: {reason}; choose another with `listen`")
+def _cannot_listen(address: str, reason: str) -> ListenError:
+    return ListenError(f"cannot listen on {address}: {reason}; choose another with `listen`")
 
 
 async def stop(server: grpc.aio.Server, grace_s: float) -> None:
@@ -126,7 +161,9 @@ def error_from(error: grpc.RpcError, peer: str) -> SflError:
     """What a failed call means: `RefusedError` with the peer's reason, or `UnreachableError` when trying again may help."""
     code, details = error.code(), error.details()
     if code in _REFUSALS:
-        return RefusedError(f"{peer} refused: {details}")
+        refused = RefusedError(f"{peer} refused: {details}")
+        refused.number = number_of(error) or RefusedError.number
+        return refused
     return UnreachableError(f"{peer} is out of reach ({code.name}: {details})")
 
 

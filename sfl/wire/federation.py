@@ -10,16 +10,19 @@ from typing import Protocol, TypeVar
 import grpc
 
 from sfl.adapters.state import AdapterState, byte_size
-from sfl.errors import RefusedError, SflError, UnreachableError, WireError
+from sfl.errors import SflError, StateDiffersError, UnknownMemberError, UnreachableError, WaitedError, WireError
+from sfl.identity.node import Node
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.wire.adapters import from_tensors, to_tensors
 from sfl.wire.channel import SILENCE_S, dial, error_from, retry, until_silent
 from sfl.wire.frames import Assembler, Traffic, frames
+from sfl.wire.refusals import number_of
 
 PEER = "the federation server"
 CALL_S = 300.0  # deadline of one call, a whole adapter's transfer included
+_REPORT_S = 10.0  # of one that is small and can wait for its next time
 
 Result = TypeVar("Result")
 
@@ -37,19 +40,31 @@ class Uplink(Protocol):
 class FederationClient:
     """Blocking calls to the federation server, each tried again until `give_up_s`, and a thread that watches it.
 
+    A federation that begins anew, under the same address, is another one: an edge server goes on with that, and hears of it by
+    `on_new_federation`, in the watching thread; for a device it is the end.
+
     `name` is this member's own. `traffic` counts the bytes of all frames, `uplink` hears what submissions and fetches
     take. Every method raises `RefusedError` with the server's reason or `UnreachableError`.
     """
 
     def __init__(
-        self, address: str, name: str, wait_s: float = 60.0, give_up_s: float = 300.0, uplink: Uplink | None = None
+        self,
+        address: str,
+        name: str,
+        wait_s: float = 60.0,
+        give_up_s: float = 300.0,
+        uplink: Uplink | None = None,
+        node: Node | None = None,
     ) -> None:
         self.traffic = Traffic()
         self._name = name
         self._uplink = uplink
         self._give_up_s = give_up_s
-        self._channel = dial(address, PEER, wait_s)
+        self._channel = dial(address, PEER, wait_s, node, "fed")
         self._stub = FederationStub(self._channel)
+        self.on_new_federation: Callable[[], object] = lambda: None
+        self._federation = ""  # id of the one that was joined
+        self._wanted = False  # a proposal of version 0
         self._changed = threading.Condition()
         self._agreement: pb.Agreement | None = None
         self._newest: int | None = None
@@ -59,14 +74,39 @@ class FederationClient:
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self._request = pb.JoinRequest()
+        self._edge = ""  # that the server was told of
 
     def join(self, request: pb.JoinRequest) -> None:
         """Take part, then watch what happens; a server that was started anew is joined again."""
         self._request = request
-        self._retry(lambda: self._stub.Join(request, timeout=CALL_S))
+        self._retry(self._join)
         log.info("%s has joined the federation", self._name)
         self._watcher = threading.Thread(target=self._watch, name="watch-federation", daemon=True)
         self._watcher.start()
+
+    def served_by(self, edge: str) -> None:
+        """Tell which edge server this device has a session with, which may then submit the other halves of its updates."""
+        if edge == self._edge:
+            return
+        request = pb.JoinRequest()
+        request.CopyFrom(self._request)
+        request.edge = edge
+        self._request = request
+        self._retry(self._join)
+        self._edge = edge
+
+    def _join(self) -> None:
+        """Join, or join again; from the agreement on a device is refused by any other federation."""
+        if self._agreement is not None:
+            self._request.federation = self._federation
+        joined: str = self._stub.Join(self._request, timeout=CALL_S).federation
+        known, self._federation = self._federation, joined
+        if known in ("", joined):
+            return
+        log.warning("%s has begun anew: what came of the federation before is at its end", PEER)
+        with self._changed:
+            self._agreement, self._newest, self._wanted, self._state = None, None, False, "nothing heard yet"
+        self.on_new_federation()
 
     def propose(self, header: pb.ProposalHeader, state: AdapterState) -> bool:
         """Offer version 0; False if another edge server was first."""
@@ -74,21 +114,26 @@ class FederationClient:
         reply: pb.ProposeReply = self._retry(lambda: self._stub.Propose(self._frames(message, state), timeout=CALL_S))
         return reply.accepted
 
-    def submit(self, header: pb.UpdateHeader, state: AdapterState) -> None:
-        """Send one half of an update; sent again, it counts once. A device's says how many of its tries have failed."""
+    def submit(self, header: pb.UpdateHeader, state: AdapterState) -> bool:
+        """Send one half of an update; sent again, it counts once. A device's says how many of its tries have failed.
+
+        Whether the server has the other half, too.
+        """
         message = pb.AdapterMessage(update=header)
         started, tries = time.monotonic(), 0
 
-        def call() -> None:
+        def call() -> bool:
             nonlocal tries
             if tries and header.half == pb.DEVICE:
                 message.update.link.failures = tries
             tries += 1
-            self._stub.Submit(self._frames(message, state), timeout=CALL_S)
+            reply: pb.SubmitReply = self._stub.Submit(self._frames(message, state), timeout=CALL_S)
+            return reply.whole
 
-        self._retry(call)
+        whole = self._retry(call)
         if self._uplink is not None:
             self._uplink.uploaded(byte_size(state), time.monotonic() - started, tries - 1)
+        return whole
 
     def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0, rank: int | None = None) -> AdapterState:
         """The part of a published version in layers `first_layer` to `last_layer` - 1; to the end, with the head, for 0.
@@ -115,6 +160,53 @@ class FederationClient:
 
         return self._retry(call)
 
+    def report(self, request: pb.ReportRequest) -> None:
+        """Tell how this member is doing, once: what is lost on the way, the next report makes up for."""
+        try:
+            self._stub.Report(request, timeout=_REPORT_S)
+        except grpc.RpcError as error:
+            log.debug("a report was lost: %s", error_from(error, PEER))
+        except ValueError:  # the channel was closed in the meantime
+            return
+
+    def check(self, request: pb.JoinRequest) -> pb.CheckReply:
+        """Whether `join` would be refused, asked once; nothing changes."""
+        try:
+            reply: pb.CheckReply = self._stub.Check(request, timeout=_REPORT_S)
+        except grpc.RpcError as error:
+            raise error_from(error, PEER) from error
+        return reply
+
+    def status(self) -> pb.StatusReply:
+        """How the federation is doing, asked once."""
+        try:
+            reply: pb.StatusReply = self._stub.Status(pb.StatusRequest(), timeout=_REPORT_S)
+        except grpc.RpcError as error:
+            raise error_from(error, PEER) from error
+        return reply
+
+    def until_wanted(self, agreed: pb.Agreement) -> None:
+        """Block until the federation wants version 0 proposed: at its beginning, or once it has begun anew.
+
+        Raises `StateDiffersError` when its devices have agreed on other labels by then than in `agreed`.
+        """
+        with self._changed:
+            while self._failure is None:
+                if self._agreement is not None and self._agreement.labels != agreed.labels:
+                    raise StateDiffersError(
+                        f"the devices have now agreed on the labels {', '.join(self._agreement.labels)}, and {self._name} was"
+                        f" started with {', '.join(agreed.labels)}: start it again"
+                    )
+                if self._wanted:
+                    self._wanted = False  # until it is said again
+                    return
+                self._changed.wait(10.0)
+            raise self._failure
+
+    def trained(self) -> None:
+        """This device has done its steps and submitted what came of them; it leaves once it has evaluated."""
+        self._retry(lambda: self._stub.Leave(pb.LeaveRequest(name=self._name, evaluates=True), timeout=CALL_S))
+
     def leave(self) -> None:
         """This device is done."""
         self._retry(lambda: self._stub.Leave(pb.LeaveRequest(name=self._name), timeout=CALL_S))
@@ -132,6 +224,11 @@ class FederationClient:
         if self._newest is None:
             raise UnreachableError("the federation finished before it published a version")
         return self._newest
+
+    @property
+    def federation(self) -> str:
+        """Id of the federation that was joined."""
+        return self._federation
 
     @property
     def newest(self) -> int | None:
@@ -157,6 +254,7 @@ class FederationClient:
         def unless_closed() -> Result:
             if self._closed.is_set():
                 raise UnreachableError(f"the connection to {PEER} was closed")
+            self._require_watch()  # without it nobody would join again
             return call()
 
         return retry(unless_closed, PEER, self._give_up_s, self._closed.wait)
@@ -183,52 +281,76 @@ class FederationClient:
                     raise self._failure
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise UnreachableError(f"waited {wait_s:g} s for {what} ({self._state}); gave up")
+                    raise WaitedError(f"waited {wait_s:g} s for {what} ({self._state}); gave up")
                 if not self._changed.wait(min(left, 10.0)):
                     log.info("waiting for %s (%s)", what, self._state)
 
     def _watch(self) -> None:
-        """Follow the server's events; when the stream breaks, follow them anew until `give_up_s` without one."""
-        heard, again = time.monotonic(), False
-        while not self._closed.is_set() and not self._finished:
+        """Follow the server's events; when the stream breaks, follow them anew until `give_up_s` without one.
+
+        A server that knows nothing of this member is joined again. An edge server does not give up, nor end with a run: it is
+        there for whatever federation there will be.
+        """
+        heard, unknown, joined_again, pause = time.monotonic(), False, False, 1.0
+        stays = self._request.role == pb.EDGE
+        while not self._closed.is_set() and (stays or not self._finished):
             try:
-                if again:
-                    self._stub.Join(self._request, timeout=CALL_S)
-                for event in until_silent(self._stub.Watch(pb.WatchRequest(name=self._name)), PEER, SILENCE_S):
-                    heard = time.monotonic()
+                if unknown:
+                    joined_again = True
+                    self._join()
+                    unknown = False
+                request = pb.WatchRequest(name=self._name, federation=self._federation)
+                for event in until_silent(self._stub.Watch(request), PEER, SILENCE_S):
+                    heard, joined_again, pause = time.monotonic(), False, 1.0
                     self._take(event)
                 failure: SflError = UnreachableError(f"{PEER} ended the watch")
             except grpc.RpcError as error:
                 failure = error_from(error, PEER)
+                unknown = unknown or number_of(error) == UnknownMemberError.number
             except UnreachableError as error:
                 failure = error
             except ValueError:  # the channel was closed between two calls
                 return
-            if self._closed.is_set() or self._finished:
+            if self._closed.is_set() or (self._finished and not stays):
                 return
+            if unknown and not joined_again:
+                log.info("%s does not know %s: joining again", PEER, self._name)
+                continue
             gone = time.monotonic() - heard
-            if not isinstance(failure, RefusedError) and gone > self._give_up_s:
+            late = gone > self._give_up_s and not stays
+            if late and isinstance(failure, UnreachableError):
                 failure = UnreachableError(f"{failure}; gave up after {gone:.0f} s")
-            if isinstance(failure, RefusedError) or gone > self._give_up_s:
+            if late or not isinstance(failure, UnreachableError):
                 log.error("the watch has ended: %s", failure)
                 self._fail(failure)
                 return
-            log.warning("%s; watching again in 1 s", failure)
-            again = True
-            self._closed.wait(1.0)
+            log.warning("%s; watching again in %.0f s", failure, pause)
+            self._closed.wait(pause)
+            pause = min(pause + 1.0, 5.0)
 
     def _take(self, event: pb.Event) -> None:
         kind = event.WhichOneof("body")
         with self._changed:
             if kind == "waiting":
-                self._state = f"{event.waiting.joined} of {event.waiting.expected} devices have joined"
+                self._state = _missing(event.waiting)
+                self._wanted = event.waiting.proposal
             elif kind == "agreement":
                 self._agreement = event.agreement
                 self._state = "all have joined"
             elif kind == "published":
+                self._wanted = self._finished = False  # another run of the same federation may have begun
                 self._newest = max(self._newest or 0, event.published.version)
                 self._state = f"version {self._newest} is the newest"
             elif kind == "finished":
                 self._newest = event.finished.version
                 self._finished = True
             self._changed.notify_all()
+
+
+def _missing(waiting: pb.Waiting) -> str:
+    """What a federation lacks before its first version."""
+    if not waiting.proposal:
+        return f"{waiting.joined} of {waiting.expected} devices have joined"
+    if not waiting.edges:
+        return "all have joined but an edge server, which version 0 has to come from: start one with `sfl edge`"
+    return f"all have joined; version 0 is to come from the edge server {' or '.join(waiting.edges)}"

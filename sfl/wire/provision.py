@@ -17,7 +17,8 @@ from sfl.adapters.layout import LoraSpec
 from sfl.cache.key import MAX_CUT, HalfKey, checked_key, is_digest
 from sfl.cache.manifest import Manifest, StoredFile, check
 from sfl.data.settings import Task
-from sfl.errors import RefusedError, UnreachableError, WireError
+from sfl.errors import NotProvidedError, RefusedError, UnreachableError, WireError
+from sfl.identity.node import Node
 from sfl.v1 import provision_pb2 as pb
 from sfl.v1.provision_pb2_grpc import ProvisioningStub
 from sfl.v1.split_pb2 import Lora
@@ -47,6 +48,7 @@ class Description:
     precisions: tuple[str, ...]
     config: dict[str, Any]
     source: str
+    time: float = 0.0  # Unix time in seconds when it was told, by the edge server's clock
 
 
 def description_to_wire(description: Description) -> pb.Description:
@@ -85,6 +87,7 @@ def description_from_wire(message: pb.Description) -> Description:
         precisions=tuple(message.precisions),
         config=config,
         source=message.source,
+        time=message.time,
     )
     for wrong in _mistakes(described):
         raise WireError(f"{PEER} described its model with {wrong}: does it run the same version of sfl as this device?")
@@ -136,10 +139,10 @@ class ProvisioningClient:
     """Blocking calls, each made once: raises `RefusedError` with the edge's reason, or `UnreachableError` when trying again
     may help. `received` counts the bytes of all replies."""
 
-    def __init__(self, address: str, device: str, wait_s: float) -> None:
+    def __init__(self, address: str, device: str, wait_s: float, node: Node | None = None) -> None:
         self.received = 0
         self._device = device
-        self._channel = dial(address, PEER, wait_s)
+        self._channel = dial(address, PEER, wait_s, node, "edge")
         self._stub = ProvisioningStub(self._channel)
 
     def describe(self) -> Description:
@@ -150,7 +153,7 @@ class ProvisioningClient:
             )
         except RefusedError as error:
             if isinstance(error.__cause__, grpc.RpcError) and error.__cause__.code() == grpc.StatusCode.UNIMPLEMENTED:
-                raise RefusedError(f"{PEER} provides no model: set `model` here, or have it `provide` one") from error
+                raise NotProvidedError(f"{PEER} provides no model: set `model` here, or have it `provide` one") from error
             raise
 
     def pack(self, key: HalfKey) -> Manifest:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from sfl.adapters.layout import LoraSpec
-from sfl.errors import WireError
+from sfl.errors import DivergedError, WireError
 from sfl.v1 import split_pb2 as pb
 from sfl.v1 import tensor_pb2
 from sfl.v1.federation_pb2 import UploadPolicy
@@ -72,6 +72,21 @@ class SessionRequest:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Where a device stands when it opens a stream; see `Standing` in split.proto."""
+
+    resume: bool = False
+    restored: bool = False
+    checkpoints: tuple[int, ...] = ()
+    last_step: int = 0
+
+    @property
+    def first_checkpoint(self) -> int:
+        """Of a session that begins: the number to keep it under, 0 for none."""
+        return self.checkpoints[-1] if self.checkpoints else 0
+
+
+@dataclass(frozen=True)
 class CutBatch:
     """One batch at the cut layer.
 
@@ -127,14 +142,25 @@ def rate_factor_from_wire(message: pb.Step) -> float:
     return factor
 
 
-def step_request(step: int, version: int, rate_factor: float) -> pb.Step:
+def step_request(step: int, version: int, rate_factor: float, checkpoint: int = 0) -> pb.Step:
     """The request for a training step; a factor of 1 takes no bytes."""
-    return pb.Step(step=step, version=version, learning_rate_factor=0.0 if rate_factor == 1.0 else rate_factor)
+    factor = 0.0 if rate_factor == 1.0 else rate_factor
+    return pb.Step(step=step, version=version, learning_rate_factor=factor, checkpoint=checkpoint)
 
 
-def open_to_wire(request: SessionRequest) -> pb.Open:
+def standing_from_wire(message: pb.Open) -> Standing:
+    """Raises `WireError` for checkpoints that are not numbers from 1 on in their order."""
+    found = message.standing
+    checkpoints = tuple(found.checkpoints)
+    if list(checkpoints) != sorted(set(checkpoints)) or 0 in checkpoints:
+        raise WireError(f"the checkpoints {', '.join(map(str, checkpoints))} of {message.device} are not numbers in their order")
+    return Standing(found.resume, found.restored, checkpoints, found.last_step)
+
+
+def open_to_wire(request: SessionRequest, standing: Standing | None = None) -> pb.Open:
+    """What opens a session; a `standing` that says nothing takes no bytes."""
     optimizer, rules = request.optimizer, request.rules
-    return pb.Open(
+    message = pb.Open(
         session=request.session,
         device=request.device,
         task=request.task,
@@ -156,6 +182,16 @@ def open_to_wire(request: SessionRequest) -> pb.Open:
         shared_edge_adapter=rules.shared_edge_adapter,
         fresh_optimizer=rules.fresh_optimizer,
     )
+    if standing is not None and standing != Standing():
+        message.standing.CopyFrom(
+            pb.Standing(
+                resume=standing.resume,
+                restored=standing.restored,
+                checkpoints=standing.checkpoints,
+                last_step=standing.last_step,
+            )
+        )
+    return message
 
 
 def open_from_wire(message: pb.Open) -> SessionRequest:
@@ -228,7 +264,7 @@ def step_from_wire(message: pb.StepDone, tensors: Sequence[RawTensor], like: tor
     require(tensors[0], "gradient", WIRE_DTYPE[like.dtype], tuple(like.shape))
     norms = {item.layer: item.norm for item in message.layer_norms}
     if not all(map(math.isfinite, (message.loss, *norms.values()))):
-        raise WireError(f"the answer to step {message.step} holds a loss or a gradient norm that is not finite")
+        raise DivergedError(f"the answer to step {message.step} holds a loss or a gradient norm that is not finite")
     return StepResult(message.step, message.version, message.loss, norms, to_torch(tensors[0]))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from sfl.adapters import peft_format
+from sfl.adapters import disk, peft_format
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState
 from sfl.errors import AdapterError
@@ -62,9 +62,25 @@ def test_all_is_on_disk_before_the_folder_gets_its_name_and_the_name_after(
     monkeypatch.setattr(os, "fsync", fsync)
     peft_format.write(tmp_path / "v0", *make())
     before = {path.stat().st_ino for path in (tmp_path / "v0", *(tmp_path / "v0").iterdir())}
-    assert len(before) == 4
+    assert len(before) == 5
     assert before == {inode for inode, named in synced if not named}
     assert [inode for inode, named in synced if named] == [tmp_path.stat().st_ino]
+
+
+def test_a_folder_of_which_it_is_not_sure_that_it_lasts_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = disk.sync
+
+    def failing(path: Path) -> None:
+        if path == tmp_path and (tmp_path / "v0").exists():
+            raise OSError("no space left on device")
+        sync(path)
+
+    monkeypatch.setattr(peft_format, "sync", failing)
+    with pytest.raises(peft_format.AdapterWriteError, match="no space left"):
+        peft_format.write(tmp_path / "v0", *make())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    peft_format.write(tmp_path / "v0", *make())
 
 
 @pytest.mark.filterwarnings("ignore")

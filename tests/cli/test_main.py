@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +86,7 @@ def test_print_config_gives_a_file_that_gives_the_same(tmp_path: Path) -> None:
 def test_wrong_settings_end_in_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert re.match(r"error SFL-[12]\d\d: ", result.stderr) and message in result.stderr
     assert result.stdout == "" and "Traceback" not in result.stderr
 
 
@@ -92,7 +94,7 @@ def test_an_unknown_variable_is_refused() -> None:
     result = run("fed", "--devices", "3", SFL_DEVCIES="3")
     assert (result.returncode, result.stderr) == (
         2,
-        "error: unknown setting SFL_DEVCIES in the environment: did you mean SFL_DEVICES?\n",
+        "error SFL-100: unknown setting SFL_DEVCIES in the environment: did you mean SFL_DEVICES?\n",
     )
 
 
@@ -118,16 +120,18 @@ main()
     ("error", "code", "message"),
     [
         *(
-            (f"sfl.errors.{kind.__name__}('why')", 2, "error: why\n")
+            (f"sfl.errors.{kind.__name__}('why')", 2, f"error SFL-{kind.number}: why\n")
             for kind in (errors.DataError, errors.ModelError, errors.AdapterError)
         ),
-        *((f"sfl.errors.{kind.__name__}('why')", 1, "error: why\n") for kind in (errors.UnreachableError, errors.RefusedError)),
-        ("sfl.errors.WireError('why')", 1, "error: why\n"),
-        ("PermissionError(13, 'Permission denied', 'out')", 1, "error: [Errno 13] Permission denied: 'out'\n"),
+        ("sfl.errors.UnreachableError('why')", 1, "error SFL-700: why\n"),
+        ("sfl.errors.RefusedError('why')", 1, "error SFL-600: why\n"),
+        ("sfl.errors.NameTakenError('why')", 1, "error SFL-605: why\n"),
+        ("sfl.errors.WireError('why')", 1, "error SFL-500: why\n"),
+        ("PermissionError(13, 'Permission denied', 'out')", 1, "error SFL-002: [Errno 13] Permission denied: 'out'\n"),
         (
             "ModuleNotFoundError('No module', name='torch.nn')",
             2,
-            "error: this needs torch, which is not installed: pip install '.[train]' in sfl's folder\n",
+            "error SFL-003: this needs torch, which is not installed: pip install '.[train]' in sfl's folder\n",
         ),
         ("KeyboardInterrupt", 130, None),
     ],
@@ -147,7 +151,16 @@ def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
 def test_where_a_failure_happened_is_logged_on_request() -> None:
     program = RAISING.replace("{error}", "sfl.errors.RefusedError('why')")
     result = run("fed", "--devices", "3", "--log-level", "DEBUG", program=program)
-    assert "Traceback" in result.stderr and result.stderr.endswith("error: why\n")
+    assert "Traceback" in result.stderr and result.stderr.endswith("error SFL-600: why\n")
+
+
+def test_in_a_log_of_json_the_last_line_is_json_too() -> None:
+    program = RAISING.replace("{error}", "sfl.errors.ModelDiffersError('why')")
+    result = run("fed", "--devices", "3", "--name", "server", "--log-format", "json", program=program)
+    assert result.returncode == 1
+    last = json.loads(result.stderr.splitlines()[-1])
+    assert (last["level"], last["daemon"], last["message"]) == ("ERROR", "server", "why")
+    assert last["fields"] == {"error": "SFL-602"}
 
 
 def test_generated_logs_are_the_same_for_the_same_seed(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_signal_handlers_are_given_back(tmp_path: Path) -> None:
         ("10:00:00 INFO fine\n10:00:01 ERROR lost the edge\n10:00:02 INFO stopping\n", "10:00:01 ERROR lost the edge"),
         ("error: first\nerror: second\ntail\n\n", "error: second"),
         ("only\nlines\n", "lines"),
+        ("error SFL-602: the models differ\nbye\n", "error SFL-602: the models differ"),
         ("x" * 200_000 + "\nerror: at the end\n", "error: at the end"),
     ],
 )

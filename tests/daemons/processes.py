@@ -105,14 +105,17 @@ class Daemons:
         out.mkdir(parents=True)
         config = out / "config.toml"
         config.write_text(tomli_w.dumps({**values, "out": str(out)}), encoding="utf-8")
-        with (out / "log.txt").open("wb") as log:
-            process = subprocess.Popen(
-                sfl(role, "--config", str(config)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
-            )
+        return self._run(out, sfl(role, "--config", str(config)))
+
+    def again(self, name: str) -> Daemon:
+        """Start one that has ended as it was started before; its log goes on."""
+        ended = self.by_name[name]
+        assert ended.process.poll() is not None, f"{name} still runs"
+        return self._run(ended.out, ended.process.args)  # type: ignore[arg-type]
+
+    def _run(self, out: Path, command: list[str]) -> Daemon:
+        with (out / "log.txt").open("ab") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
         daemon = self.by_name[out.name] = Daemon(out.name, out, process)
         return daemon
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import time
@@ -197,7 +198,7 @@ def test_bad_input_ends_in_one_line_and_soon(ended: dict[str, Future[Ended]], na
     assert found.code == found.case.code, stderr
     assert found.stdout == "" and "Traceback" not in stderr
     error = stderr.splitlines()[-1]
-    assert error.startswith("error: ") and stderr.count("error: ") == 1, stderr
+    assert re.match(r"error SFL-\d{3}: ", error) and len(re.findall("^error", stderr, re.MULTILINE)) == 1, stderr
     for part in found.case.says:
         assert part in error
     assert found.seconds < SOON_S

@@ -79,7 +79,7 @@ def test_the_others_go_on_without_a_killed_device_and_end_without_a_server(
         assert daemons[first].stop() == 0, daemons[first].log
         assert daemons[ENDLESS].wait() == 1
         error = daemons[ENDLESS].log.splitlines()[-1]
-        assert error.startswith("error: ") and lost in error and "gave up after" in error, error
+        assert error.startswith("error SFL-700: ") and lost in error and "gave up after" in error, error
         assert daemons[second].stop() == 0, daemons[second].log
         for name in (first, second):
             assert daemons[name].events()[-1]["event"] == "end"

@@ -1,10 +1,14 @@
-"""The README's "Separate machines", to the letter: its three files, each daemon on a machine (network namespace) of its own."""
+"""The README's "Separate machines", to the letter: its certificates and its three files, each daemon on a machine of its own.
+
+A machine is a network namespace and a folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -60,22 +64,56 @@ def readme_files() -> dict[str, str]:
     return dict(re.findall(r"^`(\w+\.toml)`.*?\n```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.M | re.S))
 
 
-def test_the_readmes_three_files_train_across_four_machines(machines: dict[str, str], tmp_path: Path) -> None:
+def readme_command(begins: str) -> list[str]:
+    """The command line that the README shows."""
+    (line,) = re.findall(rf"^{begins} .*$", README.read_text(encoding="utf-8"), re.M)
+    return sfl(*shlex.split(line)[1:])
+
+
+def furnish(folder: Path) -> None:
+    """What the README asks for: on each machine its file and its certificates; models and data where they are needed."""
     files = readme_files()
     assert set(files) == {"fed.toml", "edge.toml", "device.toml"}
-    save_tiny_model(tmp_path / "models" / "opt-350m", "opt")
-    for index, profile in enumerate(("camera", "hub")):
-        generate_log(tmp_path / f"{profile}.conn.log.labeled", 400, PROFILES[profile], seed=index)
+    subprocess.run(readme_command("sfl certs make"), cwd=folder, env=ENVIRONMENT, check=True)
     hub = files["device.toml"].replace("camera", "hub").replace("cut = 2", "cut = 1")
-    for name, text in {"fed": files["fed.toml"], "edge": files["edge.toml"], "camera": files["device.toml"], "hub": hub}.items():
-        (tmp_path / f"{name}.toml").write_text(text.replace("steps = 200", "steps = 30"), encoding="utf-8")
+    texts = {"fed": files["fed.toml"], "edge": files["edge.toml"], "camera": files["device.toml"], "hub": hub}
+    for machine, text in texts.items():
+        (folder / machine).mkdir()
+        (folder / machine / f"{machine}.toml").write_text(text.replace("steps = 200", "steps = 30"), encoding="utf-8")
+        node = "edge-1" if machine == "edge" else machine
+        shutil.copytree(folder / "certs" / "nodes" / node, folder / machine / "certs")
+        if machine != "fed":
+            save_tiny_model(folder / machine / "models" / "opt-350m", "opt")
+    for index, profile in enumerate(("camera", "hub")):
+        generate_log(folder / profile / f"{profile}.conn.log.labeled", 400, PROFILES[profile], seed=index)
+
+
+def test_the_readmes_files_train_across_four_machines_and_a_stranger_gets_nothing(
+    machines: dict[str, str], tmp_path: Path
+) -> None:
+    furnish(tmp_path)
+    stranger = tmp_path / "camera" / "stranger.toml"  # who has no certificate, and knows how to go without
+    text = (tmp_path / "camera" / "camera.toml").read_text(encoding="utf-8")
+    stranger.write_text(
+        text.replace('folder = "certs"', "plaintext = true").replace("out/camera", "out/stranger"), encoding="utf-8"
+    )
 
     roles = {"camera": "device", "hub": "device", "edge": "edge", "fed": "fed"}
     running = {}
     try:
         for machine, role in roles.items():  # the servers last: everybody waits for everybody
             command = ["ip", "netns", "exec", machines[machine], *sfl(role, "--config", f"{machine}.toml")]
-            running[machine] = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
+            running[machine] = subprocess.Popen(command, cwd=tmp_path / machine, env=ENVIRONMENT)
+        refused = subprocess.run(
+            ["ip", "netns", "exec", machines["camera"], *sfl("device", "--config", "stranger.toml", "--name", "stranger")],
+            cwd=tmp_path / "camera",
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert refused.returncode == 2
+        assert "the federation server at 10.0.0.1:7300 wants TLS" in refused.stderr
         for machine in ("camera", "hub"):
             assert running[machine].wait(timeout=120) == 0
         for machine in ("edge", "fed"):
@@ -86,7 +124,8 @@ def test_the_readmes_three_files_train_across_four_machines(machines: dict[str, 
             process.kill()
             process.wait()
 
-    assert [event["steps"] for machine in ("camera", "hub") for event in events(tmp_path / "out" / machine, "end")] == [30, 30]
-    newest = max((tmp_path / "out" / "fed" / "adapters").iterdir(), key=lambda path: int(path.name[1:]))
+    done = [event["steps"] for machine in ("camera", "hub") for event in events(tmp_path / machine / "out" / machine, "end")]
+    assert done == [30, 30]
+    newest = max((tmp_path / "fed" / "out" / "fed" / "adapters").iterdir(), key=lambda path: int(path.name[1:]))
     assert int(newest.name[1:]) >= 1
     assert peft_format.read(newest)[1].lora.rank == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 
 import numpy as np
@@ -120,3 +121,29 @@ def test_evaluation_is_finite_and_limits_are_spaced():
     assert list(eval_batches(encoded(0), 4)) == []
     with pytest.raises(DataError, match="at least 1"):
         next(eval_batches(encoded(3), 0))
+
+
+def test_a_kept_place_is_found_again_and_is_none_in_other_examples(caplog):
+    batches = Batches(encoded(7), 3, shuffle=True, seed=1)
+    places(batches, 4)
+    state = json.loads(json.dumps(batches.state()))
+    ahead = places(batches, 5)
+    again = Batches(encoded(7), 3, shuffle=True, seed=1)
+    again.restore(state)
+    assert places(again, 5) == ahead
+    assert not caplog.text
+    grown = Batches(encoded(9), 3, shuffle=True, seed=1)
+    grown.restore(state)
+    assert grown.position == Position(state["epoch"] + 1, 0)
+    assert "not those of before" in caplog.text
+
+
+def test_examples_are_told_apart_by_any_of_their_tokens_and_labels():
+    one = encoded(4)
+    digests = {one.digest(), encoded(5).digest(), encoded(4).digest()}
+    assert len(digests) == 2
+    other = Encoded((*one.input_ids[:3], one.input_ids[3] + 1), one.labels, one.pad_id)
+    relabelled = Encoded(one.input_ids, one.labels[::-1].copy(), one.pad_id)
+    unlabelled = Encoded(one.input_ids, None, one.pad_id)
+    joined = Encoded((np.concatenate(one.input_ids[:2]), *one.input_ids[2:]), None, one.pad_id)
+    assert len({each.digest() for each in (one, other, relabelled, unlabelled, joined)}) == 5

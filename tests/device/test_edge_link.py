@@ -14,7 +14,7 @@ import pytest
 
 from sfl.adapters.state import edge_half
 from sfl.device.edge_link import GrpcEdgeLink
-from sfl.errors import RefusedError, UnreachableError
+from sfl.errors import SessionLostError, UnreachableError
 from tests.edge_server.made import Halves, Network, ServedEdge, eventually, network, served
 
 STEPS = 6
@@ -44,6 +44,7 @@ def net(edge: ServedEdge) -> Iterator[Network]:
 def linked(edge: ServedEdge, address: str, give_up_s: float = 15.0) -> Iterator[GrpcEdgeLink]:
     link = GrpcEdgeLink(address, edge.halves.request(), 5, give_up_s)
     try:
+        link.begin()
         yield link
     finally:
         link.hang_up()
@@ -141,15 +142,13 @@ def test_lost_answers_to_submissions_and_adoptions(edge: ServedEdge, net: Networ
     assert all(np.array_equal(after[key], newer[key]) for key in after)
 
 
-def test_a_restarted_edge_says_that_its_half_is_lost(edge: ServedEdge) -> None:
+def test_an_edge_that_was_restarted_without_files_says_that_the_session_is_lost(edge: ServedEdge) -> None:
     with linked(edge, edge.address) as link:
         step(edge, link, 1)
         edge.stop()
         edge.fresh_service(Halves())
         edge.start()
-        with pytest.raises(
-            RefusedError, match=r"knows this session only up to step 0, not 1: it was restarted.*start the device again"
-        ):
+        with pytest.raises(SessionLostError, match=r"the edge server knows nothing of this device's session.*is lost"):
             step(edge, link, 2)
 
 

@@ -12,6 +12,7 @@ from sfl.device import fit
 from sfl.device.fit import fitted
 from sfl.errors import SettingsError
 from sfl.settings import DeviceSettings
+from sfl.state_file import write_state
 from tests.tiny import tiny_config
 
 
@@ -46,6 +47,15 @@ def test_where_memory_is_short_the_cut_is_planned(model: str, monkeypatch: pytes
     found = fitted(device(model, cut=cut), model, lowest)
     assert found.tight_memory is True
     assert found.cut == (3 if cut == "auto" else 2)  # of 4 blocks, an edge from cut 3 leaves one choice
+
+
+def test_a_run_that_goes_on_keeps_its_cut(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(monkeypatch, 8000.0)
+    monkeypatch.setattr(fit, "choose_cut_apart", lambda *arguments: None)
+    (tmp_path / "out" / "state").mkdir(parents=True)
+    write_state(tmp_path / "out" / "state" / "checkpoint-4.state", {"identity": {"cut": 3}}, {})
+    assert fitted(device(model, cut="auto", out=tmp_path / "out"), model).cut == 3
+    assert fitted(device(model, cut=2, out=tmp_path / "out"), model).cut == 2  # and is refused later, by name
 
 
 def test_a_cut_that_does_not_fit_is_refused_with_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import pytest
 from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.data.batches import Batch
 from sfl.device.link_meter import LinkMeter
-from sfl.device.run import DeviceRun, Progress, RunPlan
+from sfl.device.run import DeviceRun, Progress
+from sfl.device.run_plan import RunPlan
 from sfl.device.trainer import DeviceTrainer, Figures, TrainedStep
 from sfl.errors import DataError
 from sfl.telemetry import MetricsWriter
@@ -41,7 +42,8 @@ class Diary:
     """
 
     def __init__(self, norms: Iterable[float] = (), losses: Iterable[float] = (), step_s: float = 0.0) -> None:
-        self.adapter = SimpleNamespace(version=0)
+        self.adapter = SimpleNamespace(version=0, take_progress=lambda: STATE, adopt=self._adopt)
+        self.edge = SimpleNamespace(submit=self._take, adopt=lambda *request: None)
         self.newest: int | None = 0
         self.finished = False
         self.said: list[str] = []
@@ -55,7 +57,7 @@ class Diary:
     def clock(self) -> float:
         return self._now
 
-    def step(self, step: int, batch: Batch, rate_factor: float = 1.0) -> TrainedStep:
+    def step(self, step: int, batch: Batch, rate_factor: float = 1.0, checkpoint: int = 0) -> TrainedStep:
         self.said.append(f"step {step}")
         self.rate_factors.append(rate_factor)
         self._now += self._step_s
@@ -66,11 +68,10 @@ class Diary:
         self.said.append(f"evaluate {count}")
         return Figures(next(self._losses, 1.0), count, 0.5, 0.5) if count else Figures(0.0, 0, None, None)
 
-    def take_progress(self, submission: str) -> AdapterState:
+    def _take(self, submission: str, version: int, checkpoint: int) -> None:
         self.said.append(f"take {submission}")
-        return STATE
 
-    def adopt(self, version: int, state: AdapterState, keep_progress: bool) -> None:
+    def _adopt(self, state: AdapterState, version: int, keep_progress: bool) -> None:
         self.said.append(f"adopt {version}{' and keep' if keep_progress else ''}")
         self.adapter.version = version
 
@@ -78,10 +79,14 @@ class Diary:
         self.said.append(f"fetch {version} [{first_layer}, {last_layer})")
         return STATE
 
-    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
+    def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         assert state is STATE
         self.said.append("submit")
         self.headers.append(header)
+        return True
+
+    def trained(self) -> None:
+        self.said.append("trained")
 
 
 def made(
@@ -120,7 +125,7 @@ def test_fedavg_waits_after_each_round_and_not_at_the_end(tmp_path: Path) -> Non
     assert list(run) == [Progress.TRAINED]
     assert diary.said[4:] == [
         *("fetch 1 [0, 2)", "adopt 1", "step 3", "step 4", "take device-1-ab/2", "submit"),
-        *("fetch 2 [0, 2)", "adopt 2", "step 5", "take device-1-ab/3", "submit", "evaluate 5"),
+        *("fetch 2 [0, 2)", "adopt 2", "step 5", "take device-1-ab/3", "submit", "trained", "evaluate 5"),
     ]
     assert [(h.submission, h.version, h.steps, h.examples, h.half) for h in diary.headers] == [
         ("device-1-ab/1", 0, 2, 8, DEVICE),
@@ -142,13 +147,13 @@ def test_fedavg_waits_after_each_round_and_not_at_the_end(tmp_path: Path) -> Non
 def test_a_round_that_ends_with_the_run_is_submitted_once_and_not_waited_for() -> None:
     diary = Diary()
     assert list(made(diary, rounds(), 2)) == [Progress.TRAINED] * 2
-    assert diary.said == ["step 1", "step 2", "take device-1-ab/1", "submit", "evaluate 5"]
+    assert diary.said == ["step 1", "step 2", "take device-1-ab/1", "submit", "trained", "evaluate 5"]
 
 
 def test_without_a_final_upload_the_rest_stays() -> None:
     diary = Diary()
     assert list(made(diary, rounds(final_upload=False), 1)) == [Progress.TRAINED]
-    assert diary.said == ["step 1", "evaluate 5"]
+    assert diary.said == ["step 1", "trained", "evaluate 5"]
 
 
 def test_nobody_waits_for_a_federation_that_has_finished() -> None:
@@ -173,7 +178,7 @@ def test_gsfs_never_waits_and_adopts_between_two_steps(tmp_path: Path, keep: boo
     adoption = ["fetch 4 [0, 2)", "adopt 4 and keep" if keep else "adopt 4", "evaluate 2"]
     assert diary.said == [
         *("evaluate 2", "step 1", "step 2", "take device-1-ab/1", "submit", "step 3", *adoption, "step 4", "evaluate 2"),
-        *("step 5", "take device-1-ab/2", "submit", "step 6", "take device-1-ab/3", "submit", "evaluate 5"),
+        *("step 5", "take device-1-ab/2", "submit", "step 6", "take device-1-ab/3", "submit", "trained", "evaluate 5"),
     ]
     second = (4, 3, 10) if keep else (4, 2, 8)  # step 3, of 2 examples, was before the adoption
     assert [(h.version, h.steps, h.examples) for h in diary.headers] == [(0, 2, 8), second, (4, 1, 2)]
@@ -191,7 +196,8 @@ def test_who_adopts_after_uploads_alone_finishes_its_steps_first(tmp_path: Path)
     list(run)
     assert diary.said == [
         *("step 1", "step 2", "step 3", "take device-1-ab/1", "submit", "fetch 1 [0, 2)", "adopt 1"),
-        *("step 4", "step 5", "step 6", "take device-1-ab/2", "submit", "step 7", "take device-1-ab/3", "submit", "evaluate 5"),
+        *("step 4", "step 5", "step 6", "take device-1-ab/2", "submit", "step 7", "take device-1-ab/3", "submit", "trained"),
+        "evaluate 5",
     ]
     assert [(h.version, h.steps) for h in diary.headers] == [(0, 3), (1, 3), (1, 1)]
     assert [event["dropped_steps"] for event in events(tmp_path, "adopt")] == [0]
@@ -229,9 +235,10 @@ class LinkedDiary(Diary):
         self.seconds = seconds
         self.failures = 0
 
-    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
+    def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         super().submit(header, state)
         self.uplink.uploaded(24, self.seconds, self.failures)  # 2 x 3 floats
+        return True
 
 
 def sensing(**changes: Any) -> UploadPolicy:

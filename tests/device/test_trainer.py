@@ -25,16 +25,19 @@ class DirectEdge:
         self._engine = engine
         self._session = session
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
+    def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
+        """It has begun."""
+
+    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
         return replace(self._engine.step(self._session, step, version, batch, rate_factor), **self.changes)
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         return self._engine.evaluate(self._session, version, batch)
 
-    def submit(self, submission: str, version: int) -> None:
+    def submit(self, submission: str, version: int, checkpoint: int = 0) -> None:
         self._engine.take_progress(self._session, submission, version)
 
-    def adopt(self, version: int, keep_progress: bool) -> None:
+    def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
         raise NotImplementedError
 
 

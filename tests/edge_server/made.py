@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import AdapterState, device_half, edge_half, total
 from sfl.edge_server.engine import EdgeEngine
 from sfl.edge_server.service import SplitService
+from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker, arrival
 from sfl.errors import RefusedError, SflError
@@ -147,11 +149,14 @@ class RecordingFederation:
 class ServedEdge:
     """An edge behind gRPC, on a loop in a thread of its own."""
 
-    def __init__(self, halves: Halves, keep_s: float = 30.0, metrics: MetricsWriter | None = None) -> None:
+    def __init__(
+        self, halves: Halves, keep_s: float = 30.0, metrics: MetricsWriter | None = None, folder: Path | None = None
+    ) -> None:
         self.federation = RecordingFederation(halves.initial)
         self.address = "127.0.0.1:0"
         self.halves = halves
         self._keep_s = keep_s
+        self._files = None if folder is None else SessionFiles(folder)
         self._metrics = metrics or MetricsWriter(None)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="edge", daemon=True)
@@ -164,7 +169,7 @@ class ServedEdge:
         """One that knows no session, as after a restart."""
         federation = cast(FederationClient, self.federation)
         versions = EdgeVersions(federation, halves.lowest_cut)
-        self.service = SplitService(halves.engine, self.worker, versions, federation, self._metrics, self._keep_s)
+        self.service = SplitService(halves.engine, self.worker, versions, federation, self._metrics, self._keep_s, self._files)
         return self.service
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:

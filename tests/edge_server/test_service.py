@@ -44,6 +44,7 @@ def edge() -> Iterator[ServedEdge]:
 def linked(edge: ServedEdge, request: SessionRequest | None = None) -> Iterator[GrpcEdgeLink]:
     link = GrpcEdgeLink(edge.address, request or edge.halves.request(), 5, 5)
     try:
+        link.begin()
         yield link
     finally:
         link.hang_up()
@@ -200,8 +201,9 @@ def test_refusals_are_clear_and_at_once(changes: dict[str, Any], message: str) -
         if "lora" in changes:
             changes = {"lora": replace(edge.halves.lora, rank=7)}
         started = time.monotonic()
-        with pytest.raises(RefusedError, match=message):
-            GrpcEdgeLink(edge.address, replace(edge.halves.request(), **changes), 5, 30)
+        request = replace(edge.halves.request(), **changes)
+        with pytest.raises(RefusedError, match=message), linked(edge, request):
+            pass
         assert time.monotonic() - started < 3
         eventually(lambda: not [thread.name for thread in threading.enumerate() if "consume_request" in thread.name])
 
@@ -429,7 +431,7 @@ def test_a_session_that_is_replaced_leaves_nothing_behind(edge: ServedEdge) -> N
         stepped(edge, link, range(1, 2))
         link.submit("device-1/1", 0)
     with linked(edge, edge.halves.request(session="started anew")):
-        assert not edge.service._uploads
+        assert not edge.service._uploads._of_session
 
 
 def test_the_session_of_a_device_that_is_gone_is_kept_for_so_long() -> None:
@@ -444,7 +446,7 @@ def test_the_session_of_a_device_that_is_gone_is_kept_for_so_long() -> None:
         eventually(lambda: edge.halves.engine.resume(request) is None)
         assert not edge.service._streams
         assert not edge.service._expiries
-        assert not edge.service._uploads
+        assert not edge.service._uploads._of_session
 
 
 def test_a_newer_stream_takes_the_session_over(edge: ServedEdge) -> None:

@@ -86,7 +86,8 @@ def federation(
 ) -> Federation:
     """A federation that keeps its versions in `folder`; `changes` are settings, tables of them as dicts."""
     settings = FedSettings.model_validate({"devices": devices, **changes})
-    return Federation(settings, VersionStore(folder), metrics or MetricsWriter(None), clock or Clock(), pool)
+    out = pool.parent if pool is not None else None  # where the pool is `pool`
+    return Federation(settings, VersionStore(folder), metrics or MetricsWriter(None), clock or Clock(), out)
 
 
 def started(folder: Path, members: list[Member], clock: Callable[[], float] | None = None, **changes: Any) -> Federation:

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
-from sfl.errors import AdapterError, RefusedError, SettingsError
+from sfl.errors import AdapterError, RefusedError, SettingsError, UnknownMemberError
 from sfl.fed_server import server_state
 from sfl.fed_server.aggregation import Remembered
-from sfl.fed_server.members import UnknownMemberError
 from sfl.fed_server.strategies import Memory
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import (
@@ -380,12 +379,15 @@ def test_a_half_whose_other_half_never_comes_expires(tmp_path: Path) -> None:
     assert fed.version == 1
 
 
-def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(tmp_path: Path) -> None:
+def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fed = started(tmp_path, [device("a")])
     obstacle = tmp_path / "v1"
     obstacle.mkdir()
     submit(fed, "a", adapter(1))
-    assert fed.version == 0
+    fed.tick()
+    assert fed.version == 0 and caplog.text.count("it is tried again every second") == 1
     obstacle.rmdir()
     fed.tick()
     assert fed.version == 1 and same(fed.fetch("a", 1), total(adapter(0), adapter(1)))
@@ -723,6 +725,7 @@ def test_moments_that_do_not_fit_their_version_stop_the_start(tmp_path: Path, mo
     submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
     (content,) = server_state.files(Remembered(moments), "fedadam").values()
     (tmp_path / "v1" / server_state.MOMENTS).write_bytes(content)
+    (tmp_path / "v1" / "SHA256SUMS").unlink()
     with pytest.raises(AdapterError, match=f"server_state.safetensors of version 1 does not belong to it: .*{reason}.*delete"):
         federation(tmp_path, 1, strategy={"name": "fedadam"})
 
@@ -731,6 +734,7 @@ def test_moments_that_do_not_fit_their_version_stop_the_start(tmp_path: Path, mo
 def test_a_damaged_memory_stops_the_start(tmp_path: Path, name: str) -> None:
     submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
     (tmp_path / "v1" / name).write_bytes(b"no")
+    (tmp_path / "v1" / "SHA256SUMS").unlink()
     with pytest.raises(AdapterError, match=f"{name} of version 1 is damaged"):
         federation(tmp_path, 1, strategy={"name": "fedadam"})
 
@@ -886,9 +890,10 @@ def test_the_end_waits_for_devices_that_have_yet_to_join(tmp_path: Path) -> None
     clock.now += 2
     fed.tick()
     assert fed.finished
-    with pytest.raises(RefusedError, match="has finished"):
-        fed.join(device("b"))
-    fed.join(device("a"))
+    for late in (device("b"), device("a")):
+        with pytest.raises(RefusedError, match="has finished"):
+            fed.join(late)
+    fed.join(edge())
 
 
 def test_a_device_that_joins_again_is_back(tmp_path: Path) -> None:
@@ -912,8 +917,9 @@ def test_a_run_goes_on_from_the_newest_version_on_disk(tmp_path: Path) -> None:
         fed.join(device("a", labels=("worm",)))
     fed.join(edge())
     fed.join(device("a"))
-    assert not fed.propose("edge", PLACEMENT, adapter(9))
-    submit(fed, "a", adapter(2), version=1)
+    fed.join(edge("other"))
+    assert fed.propose("edge", PLACEMENT, adapter(0)) and not fed.propose("other", PLACEMENT, adapter(9))
+    submit(fed, "a", adapter(2), "2", version=1)
     assert same(fed.fetch("a", 2), total(total(adapter(0), adapter(1)), adapter(2)))
     with pytest.raises(SettingsError, match="choose another folder"):
         federation(tmp_path, 1, labels=("x", "y"))

@@ -50,6 +50,7 @@ def test_a_file_says_whose_half_it_is(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     with safe_open(path, "numpy") as file:
         about = file.metadata()
+    assert len(about.pop("sha256")) == 64
     assert about == {"device": "../a b", "submission": "s/1", "half": "device", "version": "3", "examples": "80"} | {
         "steps": "10",
         "failures": "2",
@@ -113,13 +114,56 @@ def test_a_full_disk_refuses_a_half_of_which_nothing_stays(tmp_path: Path) -> No
     assert same(pool.take(mix_versions=True)[0].read(), adapter(1))
 
 
-def test_what_an_earlier_server_left_is_deleted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    add(made(tmp_path), "a", adapter(1))
+def test_what_an_earlier_server_left_is_taken_up_in_the_same_order(tmp_path: Path) -> None:
+    first = made(tmp_path)
+    for seed, (name, submission) in enumerate([("b", "s/2"), ("a", "s/1"), ("b", "s/1")]):
+        add(first, name, adapter(seed), submission)
+    odd = half("device", "../a b", "s/1", version=3, examples=80, steps=10, failures=2, bytes_per_s=1.5)
+    first.add(odd, device_half(adapter(9), 2), rank=1, cut=2)
     (tmp_path / ".00000009-edge.safetensors").write_bytes(b"unfinished")
     (tmp_path / "notes").write_text("mine")
-    made(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
-    assert "3 halves of updates" in caplog.text
+    again = made(tmp_path)
+    assert not (tmp_path / ".00000009-edge.safetensors").exists() and (tmp_path / "notes").exists()
+    assert [one.submission for one in again.whole()] == [one.submission for one in first.whole()] == ["s/1", "s/2", "s/1"]
+    assert again.counts() == {"b": 2, "a": 1} and again.halves() == {("../a b", "s/1")} and again.submissions() == 3
+    assert all(same(mine.read(), theirs.read()) for mine, theirs in zip(again.take(True), first.take(True), strict=True))
+    assert again.knows(odd) and again.knows(half("edge", "b", "s/2")) and not again.knows(half("edge", "../a b", "s/1"))
+    again.add(half("edge", "../a b", "s/1", version=3), edge_half(adapter(9), 2), rank=1, cut=2)
+    (whole,) = (one for one in again.whole() if one.device == "../a b")
+    assert (whole.version, whole.trained_on, whole.steps, whole.rank, whole.cut) == (3, 80, 10, 1, 2)
+    assert same(whole.read(), adapter(9)) and (tmp_path / "00000008-edge.safetensors").exists()
+
+
+def test_what_is_in_a_version_is_not_taken_up_again(tmp_path: Path) -> None:
+    add(made(tmp_path), "a", adapter(1), "s/1")
+    again = Pool(tmp_path, 600, Clock(), settled=[("a", "s/1")])
+    assert again.counts() == {} and not list(tmp_path.iterdir()) and again.knows(half("device", "a", "s/1"))
+    add(again, "a", adapter(2), "s/2")
+    assert again.take(True)[0].ever == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 100, None])
+def test_a_damaged_half_is_set_aside_and_told(tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    add(made(tmp_path), "a", adapter(1))
+    path = tmp_path / "00000002-device.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if content is None else content)
+    again = made(tmp_path)
+    assert again.counts() == {} and again.halves() == {("a", "1")} and not again.knows(half("device", "a"))
+    assert "00000002-device.safetensors.damaged, and not counted" in caplog.text
+    assert {each.name for each in tmp_path.iterdir()} == {"00000001-edge.safetensors", f"{path.name}.damaged"}
+
+
+def test_an_update_that_cannot_be_accepted_is_as_if_its_last_half_had_not_come(tmp_path: Path) -> None:
+    def refuse(submission: object) -> None:
+        raise AdapterWriteError("no room for the ledger")
+
+    pool = Pool(tmp_path, 600, Clock(), accept=refuse)
+    pool.add(half("edge", "a"), edge_half(adapter(1), 1), 2, 1)
+    with pytest.raises(AdapterWriteError, match="no room"):
+        pool.add(half("device", "a"), device_half(adapter(1), 1), 2, 1)
+    assert not pool.knows(half("device", "a")) and pool.counts() == {} and pool.halves() == {("a", "1")}
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001-edge.safetensors"]
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

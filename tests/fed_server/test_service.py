@@ -31,6 +31,7 @@ from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub, add_FederationServicer_to_server
 from sfl.wire.adapters import lora_to_wire, to_tensors
 from sfl.wire.channel import serve
+from sfl.wire.channel import stop as stop_server
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Traffic, frames
 from tests.fed_server.made import LAYERS, LORA, adapter, federation, same
@@ -68,7 +69,8 @@ def serving(fed: Federation, address: str = "127.0.0.1:0", heartbeat_s: float = 
         found.append((bound, service))
         ready.set()
         await stop.wait()
-        await server.stop(0)
+        service.end_watches()
+        await stop_server(server, 1.0)
 
     thread = threading.Thread(target=loop.run_until_complete, args=(work(),))
     thread.start()

@@ -25,12 +25,12 @@ def test_versions_come_back_from_memory_from_disk_and_after_a_restart(tmp_path: 
 
 def test_a_version_that_is_not_there_is_named(tmp_path: Path) -> None:
     store = VersionStore(tmp_path)
-    with pytest.raises(AdapterError, match="none is published"):
+    with pytest.raises(AdapterError, match=r"none is published"):
         store.load(0)
     store.publish(0, adapter(0), LAYOUT)
-    with pytest.raises(AdapterError, match="no version 1: the newest is 0"):
+    with pytest.raises(AdapterError, match=r"no version 1: the newest is 0"):
         store.load(1)
-    with pytest.raises(AdapterError, match="the next one is 1"):
+    with pytest.raises(AdapterError, match=r"the next one is 1"):
         store.publish(2, adapter(0), LAYOUT)
 
 
@@ -38,7 +38,7 @@ def test_a_failed_write_leaves_the_newest_as_it_was(tmp_path: Path) -> None:
     store = VersionStore(tmp_path)
     store.publish(0, adapter(0), LAYOUT)
     (tmp_path / "v1").mkdir()
-    with pytest.raises(AdapterError, match="exists already"):
+    with pytest.raises(AdapterError, match=r"exists already"):
         store.publish(1, adapter(1), LAYOUT)
     newest = store.newest()
     assert newest is not None and newest.number == 0
@@ -55,6 +55,11 @@ def test_what_a_killed_server_left_unfinished_is_swept_away_and_nothing_else(tmp
 
 def test_a_damaged_newest_version_stops_the_start(tmp_path: Path) -> None:
     VersionStore(tmp_path).publish(0, adapter(0), LAYOUT)
-    (tmp_path / "v0" / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(AdapterError, match="damaged"):
-        VersionStore(tmp_path)
+    path = tmp_path / "v0" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for content in (b"no", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(content)
+        with pytest.raises(AdapterError, match=r"adapter_model.safetensors is damaged, or was changed.*SHA256SUMS"):
+            VersionStore(tmp_path)
+    (tmp_path / "v0" / "SHA256SUMS").unlink()
+    assert VersionStore(tmp_path).newest() is not None, "a last bit that is another makes an adapter, too"

@@ -1,0 +1,48 @@
+"""What commands that ask a running server have in common: who they are, and settings without a daemon's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import Field
+
+from sfl.base_settings import Settings
+from sfl.cli.load_settings import load, split_options
+from sfl.cli.names import settings_of, variable_of
+from sfl.connection_settings import TlsSettings
+from sfl.errors import PlaintextError
+from sfl.identity.node import Node
+from sfl.wire.address import is_loopback
+
+
+class AskingSettings(Settings):
+    """How to ask."""
+
+    wait_s: float = Field(5.0, gt=0, description="seconds to wait for an answer")
+    tls: TlsSettings = Field(default_factory=TlsSettings, description="the certificate that is shown to the server")
+
+
+Asking = TypeVar("Asking", bound=AskingSettings)
+
+
+def asked(model: type[Asking], arguments: Sequence[str], prog: str) -> Asking:
+    """Settings from a file, the environment and `arguments`; variables that are a daemon's, as in a container, do not matter."""
+    options = split_options(arguments)
+    known = {variable_of(name) for name in settings_of(model)}
+    environment = {name: value for name, value in os.environ.items() if name.upper() in known}
+    return load(model, options.config, options.rest, environment=environment, prog=prog)
+
+
+def own_node(tls: TlsSettings, address: str) -> Node | None:
+    """Who asks; None without TLS. Raises `PlaintextError` for an address outside this machine, as `OwnCertificateError` for a
+    certificate that cannot be used."""
+    if tls.files is not None:
+        return Node(tls.files)
+    if not (tls.plaintext or is_loopback(address)):
+        raise PlaintextError(
+            f"{address} is not on this machine, and nothing protects what is asked there: name a node's folder with --tls.folder,"
+            " or say --tls.plaintext where the server goes without"
+        )
+    return None

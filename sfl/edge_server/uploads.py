@@ -1,0 +1,96 @@
+"""Halves of submissions on their way from the edge to the federation server."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from sfl.adapters.state import AdapterState
+from sfl.errors import RefusedError, SflError, UnreachableError
+from sfl.telemetry import log
+from sfl.v1 import federation_pb2
+from sfl.wire.federation import FederationClient
+
+
+@dataclass(frozen=True)
+class TakenHalf:
+    """The edge's half of a submission, once it was set aside."""
+
+    device: str
+    submission: str
+    version: int
+    progress: AdapterState
+
+
+class HalfUploads:
+    """Sends halves on, several at once; called on one event loop, but for `unsent`.
+
+    A half is here until the federation server has it or refuses it. One that could not be sent in the client's time is tried
+    again when it is started again.
+    """
+
+    def __init__(self, federation: FederationClient) -> None:
+        self._federation = federation
+        self._unsent: dict[tuple[str, str], TakenHalf] = {}  # by device and submission
+        self._of_session: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # by the same, also those that are done
+        self._running = set[asyncio.Task[SflError | None]]()
+
+    def start(self, half: TakenHalf) -> None:
+        """Send a half on, unless that has been begun and has not failed for want of an answer."""
+        tasks = self._of_session.setdefault(half.device, {})
+        before = tasks.get(half.submission)
+        if before is not None and not (before.done() and isinstance(before.result(), UnreachableError)):
+            return
+        for submission in [each for each, sent in tasks.items() if sent.done() and sent.result() is None]:
+            del tasks[submission]  # or they would be as many as the device submits in all
+        self._unsent[half.device, half.submission] = half
+        task = asyncio.create_task(self._send(half))
+        tasks[half.submission] = task
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def knows(self, device: str, submission: str) -> bool:
+        """Whether this half is the last or one of the last that were started since the device's session began, or this edge."""
+        return submission in self._of_session.get(device, {})
+
+    def unsent(self, device: str) -> list[TakenHalf]:
+        """The halves of a device that the federation server has not answered; any thread may ask."""
+        return [half for half in list(self._unsent.values()) if half.device == device]
+
+    def end_session(self, device: str) -> None:
+        """What becomes of halves of the device's session is not told to its next one; they are sent all the same."""
+        self._of_session.pop(device, None)
+
+    def drop(self) -> None:
+        """Nobody wants the halves any more that are not sent; those under way will be refused."""
+        self._unsent.clear()
+
+    async def finish(self, device: str) -> None:
+        """Wait until the federation server has all halves of the device's session.
+
+        Raises `RefusedError` for one that did not reach it, once.
+        """
+        tasks = self._of_session.get(device, {})
+        if tasks:
+            await asyncio.wait(list(tasks.values()))
+        for submission, task in list(tasks.items()):
+            if (error := task.result()) is not None:
+                del tasks[submission]
+                raise RefusedError(f"a submitted half did not reach the federation server: {error}")
+
+    async def _send(self, half: TakenHalf) -> SflError | None:
+        """Send a half on; returns what kept it from arriving, as nobody asks a device's last upload when it never closes."""
+        header = federation_pb2.UpdateHeader(
+            submission=half.submission, device=half.device, half=federation_pb2.EDGE, version=half.version
+        )
+        try:
+            await asyncio.to_thread(self._federation.submit, header, half.progress)
+        except UnreachableError as error:
+            log.error("the edge's half of %s's submission %s waits: %s", half.device, half.submission, error)
+            return error
+        except SflError as error:
+            log.error("the edge's half of %s's submission %s is lost: %s", half.device, half.submission, error)
+            self._unsent.pop((half.device, half.submission), None)
+            return error
+        self._unsent.pop((half.device, half.submission), None)
+        return None

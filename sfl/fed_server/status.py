@@ -1,0 +1,197 @@
+"""What the federation server tells those who watch it: itself, and each member with its own last report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sfl import __version__
+from sfl.errors import WireError
+from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.members import Presence
+from sfl.fed_server.stragglers import Pace, stragglers
+from sfl.v1 import federation_pb2 as pb
+from sfl.watching.vitals import Process
+
+_LONGEST = 200  # characters of what a member says that it does
+_MOST_SESSIONS = 10_000
+_ROLES = {"device": pb.DEVICE, "edge": pb.EDGE}
+_FIGURES = ("uptime_s", "step_age_s", "step_s", "edge_wait_s", "upload_s")
+_SESSION_FIGURES = ("compute_s", "queue_s", "step_age_s")
+
+
+class _Reported(NamedTuple):
+    """A report and when it came, in the clock's seconds."""
+
+    at: float
+    report: pb.ReportRequest
+
+
+class StatusBoard:
+    """Keeps the last report of each member, and hears (`hear`) the federation server's own events.
+
+    Nothing here changes what the federation does. `process` is that of the server.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        name: str = "fed",
+        process: Process | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._federation = federation
+        self._name = name
+        self._process = process or Process(clock)
+        self._clock = clock
+        self._reports: dict[str, _Reported] = {}  # by member
+        self._links: dict[str, pb.Link] = {}  # by device
+        self._version_made: float | None = None
+
+    def hear(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Take note of an event of the federation server's."""
+        if event == "upload":
+            rate, trip = fields["bytes_per_s"] or 0.0, fields["round_trip_s"] or 0.0
+            self._links[fields["device"]] = pb.Link(bytes_per_s=rate, round_trip_s=trip, failures=fields["failures"])
+        elif event == "aggregate":
+            self._version_made = self._clock()
+
+    def report(self, request: pb.ReportRequest) -> None:
+        """Keep a member's report. Raises `UnknownMemberError` for who has not joined, `WireError` for figures that are none."""
+        member = self._federation.heard(request.name)
+        _check(request)
+        if member.role == "device":
+            del request.sessions[:]
+        self._reports[request.name] = _Reported(self._clock(), request)
+
+    def status(self) -> pb.StatusReply:
+        """Everything at this moment."""
+        federation, own = self._federation, self._process.report(self._name, "")
+        presences = sorted(federation.presences(), key=lambda each: (each.member.role, each.member.name))
+        reply = pb.StatusReply(
+            time=time.time(),
+            sfl=__version__,
+            name=self._name,
+            uptime_s=own.uptime_s,
+            state=self._state(presences),
+            joined=federation.joined,
+            expected=federation.expected,
+            aggregations=federation.aggregations,
+            submissions=federation.submissions,
+            refused=federation.refused,
+            pooled=federation.pooled(),
+            memory_bytes=own.memory_bytes,
+            bytes_sent=own.bytes_sent,
+            bytes_received=own.bytes_received,
+        )
+        if federation.version is not None:
+            reply.version = federation.version
+        if self._version_made is not None:
+            reply.version_age_s = self._clock() - self._version_made
+        slow, counts, sessions = self.slow(), federation.submissions_by_device(), self._sessions()
+        for presence in presences:
+            name = presence.member.name
+            edge = sessions[name][0] if name in sessions else presence.member.edge
+            reply.members.append(self._member(presence, edge, counts.get(name, 0), slow.get(name, "")))
+        return reply
+
+    def slow(self) -> dict[str, str]:
+        """Why members are behind or not there, by name."""
+        now, sessions, presences = self._clock(), self._sessions(), self._federation.presences()
+        away = {each.member.name: f"away: not heard of for {each.heard_s:.0f} s" for each in presences if each.state == "away"}
+        paces: dict[str, Pace] = {}
+        stepping: set[str] = set()
+        for each in presences:
+            name = each.member.name
+            reported = self._reports.get(name)
+            if each.member.role != "device" or each.state != "present" or reported is None:
+                continue
+            report = reported.report
+            if not (report.HasField("step_s") and report.HasField("step_age_s")):
+                continue
+            edge, session = sessions.get(name, (each.member.edge, pb.SessionReport()))
+            paces[name] = Pace(
+                step_s=report.step_s,
+                edge_wait_s=report.edge_wait_s,
+                step_age_s=report.step_age_s + (now - reported.at),
+                activity=report.activity,
+                edge=edge,
+                compute_s=session.compute_s if session.HasField("compute_s") else None,
+                queue_s=session.queue_s if session.HasField("queue_s") else None,
+                bytes_per_s=self._links[name].bytes_per_s if name in self._links else None,
+                upload_s=report.upload_s if report.HasField("upload_s") else None,
+            )
+            if report.stepping:
+                stepping.add(name)
+        return away | stragglers(paces, stepping)
+
+    def ages(self) -> dict[str, float]:
+        """Seconds since the last step of each device that has reported one."""
+        now = self._clock()
+        return {
+            name: reported.report.step_age_s + (now - reported.at)
+            for name, reported in list(self._reports.items())
+            if reported.report.HasField("step_age_s")
+        }
+
+    def _state(self, presences: Sequence[Presence]) -> str:
+        """What the federation is doing or waiting for, in words."""
+        federation = self._federation
+        if federation.failure is not None:
+            return f"failed: {federation.failure}"
+        if federation.finished:
+            return "finished"
+        if federation.agreement is None:
+            return f"waiting for devices: {federation.joined} of {federation.expected} have joined"
+        if federation.version is None:
+            return "waiting for an edge server to propose version 0"
+        present = {each.member.name for each in presences if each.member.role == "device" and each.state == "present"}
+        if not present:
+            return "waiting: no device is there"
+        pooled = set(federation.pooled())
+        missing = sorted(present - pooled)
+        if not pooled or not missing:
+            return "training"
+        return f"training; the pool has updates of {', '.join(sorted(pooled))}, none yet of {', '.join(missing)}"
+
+    def _sessions(self) -> dict[str, tuple[str, pb.SessionReport]]:
+        """The edge server that last reported a session of a device, and what it said, by device."""
+        return {
+            session.device: (name, session)
+            for name, reported in sorted(self._reports.items(), key=lambda item: item[1].at)
+            for session in reported.report.sessions
+        }
+
+    def _member(self, presence: Presence, edge: str, submissions: int, slow: str) -> pb.MemberStatus:
+        member = presence.member
+        status = pb.MemberStatus(
+            name=member.name,
+            role=_ROLES[member.role],
+            presence=presence.state,
+            heard_s=presence.heard_s,
+            cut=member.cut,
+            examples=member.examples,
+            edge=edge,
+            submissions=submissions,
+            slow=slow,
+        )
+        if member.name in self._links:
+            status.link.CopyFrom(self._links[member.name])
+        if (reported := self._reports.get(member.name)) is not None:
+            status.report.CopyFrom(reported.report)
+            status.report_age_s = self._clock() - reported.at
+        return status
+
+
+def _check(request: pb.ReportRequest) -> None:
+    """Raise `WireError` for figures and words that are none."""
+    if any(len(text) > _LONGEST or not text.isprintable() for text in (request.activity, request.sfl)):
+        raise WireError(f"a report of {request.name} says in odd words, or too many, what it does")
+    if len(request.sessions) > _MOST_SESSIONS:
+        raise WireError(f"a report of {request.name} names {len(request.sessions)} sessions")
+    figures = [getattr(request, name) for name in _FIGURES]
+    figures += [getattr(session, name) for session in request.sessions for name in _SESSION_FIGURES]
+    if not all(0 <= value < math.inf for value in figures) or not math.isfinite(request.loss):
+        raise WireError(f"a report of {request.name} holds a figure that is below 0, or no number")

@@ -1,0 +1,93 @@
+"""Device and edge server, killed and started again: what comes of the run is what would have come of it, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sfl.adapters import peft_format
+from sfl.cluster.metrics import read_events
+from sfl.settings import DeviceSettings, LoraSettings, StrategySettings
+from tests.daemons.processes import Daemon, Daemons
+from tests.daemons.runs import device_settings, edge_settings, start_all, stop_servers
+from tests.flows import write_texts
+from tests.tiny import save_tiny_model
+
+DEVICE, EDGE = "device-1", "edge"
+STEPS, ROUND = 240, 20
+
+
+def settings(folder: Path) -> DeviceSettings:
+    return device_settings(
+        DEVICE,
+        save_tiny_model(folder / "model", "opt"),
+        write_texts(folder / "texts.txt", 120),
+        lora=LoraSettings(rank=4, alpha=8, dropout=0.2),
+        cut=2,
+        steps=STEPS,
+        checkpoint_steps=7,
+    )
+
+
+def started(daemons: Daemons, device: DeviceSettings) -> None:
+    start_all(daemons, StrategySettings(name="fedavg", local_steps=ROUND), [edge_settings(EDGE, device)], [device])
+
+
+def finish(daemons: Daemons) -> tuple[dict[str, Any], dict[int, float]]:
+    """What the federation server reports at the end, and the loss of each of the device's steps."""
+    assert daemons[DEVICE].wait(100) == 0, daemons[DEVICE].log
+    assert stop_servers(daemons) == {"edge": 0, "fed": 0}
+    for name in (DEVICE, EDGE, "fed"):
+        assert "Traceback" not in daemons[name].log, daemons[name].log
+    steps = [event for event in read_events(daemons[DEVICE].out / "metrics.jsonl") if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+    assert not list((daemons[DEVICE].out / "state").glob("*.state")), "the run has come to its end"
+    assert not list((daemons[EDGE].out / "sessions").iterdir())
+    return daemons["fed"].events("end")[0], {event["step"]: event["loss"] for event in steps}
+
+
+def step_of(daemon: Daemon) -> int:
+    return max((event["step"] for event in daemon.events("step")), default=0)
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        ((30, [DEVICE, EDGE]),),
+        pytest.param(((30, [DEVICE]), (70, [EDGE]), (110, [DEVICE, EDGE]), (150, [EDGE, DEVICE])), marks=pytest.mark.slow),
+    ],
+    ids=["one", "many"],
+)
+def test_killed_or_stopped_and_started_again_it_comes_to_the_same(tmp_path: Path, deaths: Any) -> None:
+    device = settings(tmp_path)
+    with Daemons(tmp_path / "undisturbed") as daemons:
+        started(daemons, device)
+        expected, losses = finish(daemons)
+
+    with Daemons(tmp_path / "disturbed") as daemons:
+        started(daemons, device)
+        for at, names in deaths:
+            daemons[DEVICE].until(lambda daemon, at=at: step_of(daemon) >= at)  # type: ignore[misc]
+            for name in names:
+                daemons[name].kill()
+            for name in names:
+                daemons.again(name)
+        daemons[DEVICE].until(lambda daemon: step_of(daemon) >= 190)
+        assert daemons[DEVICE].stop() == 0, daemons[DEVICE].log
+        stopped = step_of(daemons[DEVICE])
+        assert f"stopped at step {stopped}; start it again with the same settings to go on" in daemons[DEVICE].log
+        daemons.again(DEVICE)
+        found, repeated = finish(daemons)
+        resumes = daemons[DEVICE].events("resume")
+        assert len(resumes) >= len(deaths) + 1 and resumes[-1]["step"] == stopped  # a stop in order loses no step
+        assert not daemons[DEVICE].events("move")
+    assert repeated == losses
+    for what in ("version", "aggregations", "submissions", "refused"):
+        assert found[what] == expected[what], what
+    for version in range(expected["version"] + 1):
+        one, other = (peft_format.read(tmp_path / run / "adapters" / f"v{version}")[0] for run in ("undisturbed", "disturbed"))
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[key], other[key]) for key in one), f"version {version} differs"

@@ -1,0 +1,65 @@
+"""SIGTERM: at once where nothing is lost, after the step where something would be, and never later than its grace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from sfl.device.stop import Stopped, StopSignal
+from sfl.errors import UnreachableError
+
+
+def tell() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_wait_ends_at_once() -> None:
+    started = time.monotonic()
+    with StopSignal() as stop, pytest.raises(Stopped):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        tell()
+        time.sleep(10)
+    assert stop.told and time.monotonic() - started < 2
+
+
+def test_a_step_is_finished_first() -> None:
+    done = []
+    with StopSignal() as stop, pytest.raises(Stopped):
+        with stop.held():
+            tell()
+            assert stop.told
+            done.append("step")
+        done.append("another")
+    assert done == ["step"]
+
+
+def test_a_step_that_takes_too_long_is_not() -> None:
+    with StopSignal(grace_s=0.1) as stop, pytest.raises(Stopped), stop.held():
+        tell()
+        time.sleep(10)
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with StopSignal() as stop, pytest.raises(Stopped), stop.held():
+        tell()
+        tell()
+        time.sleep(10)
+
+
+def test_an_error_on_the_way_out_is_none() -> None:
+    with StopSignal() as stop, pytest.raises(Stopped), stop.held():
+        tell()
+        raise UnreachableError("the edge is away")
+    with StopSignal() as stop, pytest.raises(UnreachableError), stop.held():
+        raise UnreachableError("the edge is away")
+
+
+def test_what_was_there_before_is_there_again() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)
+    with StopSignal(grace_s=0.2) as stop, pytest.raises(Stopped), stop.held():
+        tell()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == before
+    time.sleep(0.3)  # the alarm does not come either
