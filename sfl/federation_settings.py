@@ -192,10 +192,11 @@ class StrategySettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        """What is left open by the defaults of the strategy that is named."""
+        """What is left open, or None, by the defaults of the strategy that is named."""
         if not isinstance(given, dict):
             return given
-        return {**_OWN_DEFAULTS.get(str(given.get("name")), {}), **given}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return {**_OWN_DEFAULTS.get(str(given.get("name")), {}), **chosen}
 
     @model_validator(mode="after")
     def _check(self) -> StrategySettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from sfl.adapters.state import AdapterKey, AdapterState
@@ -51,3 +51,8 @@ class Update:
             return whole if keys is None else {key: whole[key] for key in keys if key in whole}
 
         return dataclasses.replace(self, read=read)
+
+
+def by_device(updates: Iterable[Update]) -> list[Update]:
+    """Sorted by the devices' names, so that sums do not depend on who came first."""
+    return sorted(updates, key=lambda update: update.device)

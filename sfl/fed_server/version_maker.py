@@ -120,7 +120,7 @@ class VersionMaker:
             lost = {update.device: str(error) for update in updates}
             done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
         try:
-            extras = server_state.files(done.remembered, self._settings.strategy.name)
+            extras = server_state.files(done, self._settings.strategy.name)
             self._store.publish(newest.number + 1, done.state, newest.layout, extras)
         except AdapterWriteError as error:
             log.error("%s", error)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array, trained_part
 from sfl.fed_server.merges import Merge
-from sfl.fed_server.merges.base import trained_part
 from sfl.fed_server.updates import Update
 
 RANK = 4

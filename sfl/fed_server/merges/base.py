@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array, trained_part
 from sfl.errors import AdapterError, UpdateError
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 Place = tuple[int, str]  # block index and module inside the block
 
@@ -107,15 +107,6 @@ class Bases:
         return self._read[key]
 
 
-def trained_part(key: AdapterKey, rank: int) -> tuple[slice, ...]:
-    """Where the factor of a smaller rank lies in that of a larger one: rows of A, columns of B, and all of anything else."""
-    if key.layer != HEAD and key.part == "A":
-        return (slice(rank),)
-    if key.layer != HEAD and key.part == "B":
-        return (slice(None), slice(rank))
-    return ()
-
-
 def places(state: Iterable[AdapterKey]) -> list[Place]:
     """The modules that have LoRA, sorted."""
     return sorted({(key.layer, key.module) for key in state if key.layer != HEAD and key.part == "B"})
@@ -124,11 +115,6 @@ def places(state: Iterable[AdapterKey]) -> list[Place]:
 def factors(state: Mapping[AdapterKey, Array], place: Place) -> tuple[Array, Array]:
     """A (r x in) and B (out x r) of a module."""
     return state[AdapterKey(*place, "A")], state[AdapterKey(*place, "B")]
-
-
-def by_device(updates: Iterable[Update]) -> list[Update]:
-    """Sorted by the devices' names, so that sums do not depend on who came first."""
-    return sorted(updates, key=lambda update: update.device)
 
 
 def check_weights(updates: Sequence[Update], weights: Mapping[str, float]) -> None:
