@@ -35,8 +35,8 @@ class Update:
     def delta(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
         """delta theta_k, the sum of its submissions, float32; of the tensors named by `keys` alone, those that it has.
 
-        A fresh dict of arrays that the caller may change. Parts that are not trained are absent: frozen factors, and A under
-        FFA. Raises `UpdateError` when the pool's files cannot be read.
+        Nobody may change the arrays: they are the pool's own, mapped from its files. Parts that are not trained are absent:
+        frozen factors, and A under FFA. Raises `UpdateError` when the pool's files cannot be read.
         """
         try:
             return self.read(keys)
