@@ -41,7 +41,7 @@ LOOKS = 8  # versions that are evaluated
 STRATEGIES = {
     "fedavg": ["--strategy.name", "fedavg", "--strategy.local-steps", "5"],
     "gsfs, network off": ["--strategy.name", "gsfs"],
-    "gsfs, network on": ["--strategy.name", "gsfs", "--strategy.network", "--strategy.reach"],
+    "gsfs, network on": ["--strategy.name", "gsfs", "--strategy.network"],
 }
 
 

@@ -45,6 +45,7 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "min_steps": 1,
         "max_steps": 0,
         "pace": 0.0,
+        "reference_every": 0,
         "threshold": 0.3,
         "threshold_growth": 1.0,
         "threshold_decay": 1.0,
@@ -146,6 +147,15 @@ class StrategySettings(Settings):
         ),
     )
     validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
+    reference_every: int = Field(
+        10,
+        ge=0,
+        description=_differs(
+            "reference_every",
+            "steps for which a validation after an adoption stays the reference of the performance trigger, however many versions"
+            " are adopted meanwhile; 0: each adoption is validated (gsfs)",
+        ),
+    )
     threshold: float = Field(
         0.1,
         gt=0,

@@ -104,7 +104,7 @@ class DeviceRun:
 
         Raises `DataError` at the start when the rule validates and there are no examples to do so.
         """
-        if self._rule.validates:
+        if self._rule.reference_due():
             self._rule.after_adoption(self._validate())
         while self.steps < self._plan.steps:
             self._adopt_newest()
@@ -165,7 +165,7 @@ class DeviceRun:
         if dropped:
             self._pending_steps = self._pending_examples = 0
         self._metrics.write("adopt", step=self.steps, version=newest, dropped_steps=dropped)
-        self._rule.after_adoption(self._validate() if self._rule.validates else None)
+        self._rule.after_adoption(self._validate() if self._rule.reference_due() else None)
 
     def _submit(self, trigger: str) -> None:
         submission = f"{self._plan.session}/{self.submissions + 1}"

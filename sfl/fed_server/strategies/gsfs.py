@@ -36,6 +36,7 @@ class Gsfs(Strategy):
             min_steps=self._paced(chosen.min_steps, size),
             max_steps=self._paced(chosen.most_steps, size),
             validate_every=chosen.validate_every,
+            reference_every=chosen.reference_every,
             threshold=chosen.threshold,
             threshold_growth=chosen.threshold_growth,
             threshold_decay=chosen.threshold_decay,
