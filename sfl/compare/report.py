@@ -22,10 +22,10 @@ def write_report(store: Store) -> list[Path]:
     if not outcomes:
         raise SflError(f"{store.out} holds no finished run yet")
     figures, words = store.out / "compare.json", store.out / "compare.md"
-    document = {"about": store.about, "variants": as_json(outcomes)}
+    document = {"about": store.about, "variants": as_json(outcomes, store.target)}
     figures.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     title = headline(store)
-    words.write_text(f"{title}\n\n{as_markdown(outcomes)}", encoding="utf-8")
+    words.write_text(f"{title}\n\n{as_markdown(outcomes, store.target)}", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no pictures: matplotlib is not installed (pip install '.[demo]')")
         return [figures, words]
