@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sfl.cli.names import flag_of, groups_of, nested, settings_of, variable_of
 from sfl.cli.sources import Given, from_environment, from_file, from_flags
 from sfl.errors import SettingsError
+from sfl.settings import DeviceSettings
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -69,8 +70,15 @@ def load(
 
 
 def as_toml(settings: BaseModel) -> str:
-    """All settings as a TOML file that `load` reads back to the same settings; those that are None are left out."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+    """All settings as a TOML file that `load` reads back to the same settings; those that are None are left out.
+
+    So are those that a device leaves to its edge server: as defaults they would contradict it.
+    """
+    tree = settings.model_dump(mode="json", exclude_none=True)
+    if isinstance(settings, DeviceSettings) and settings.model is None:
+        del tree["task"], tree["lora"]
+        tree |= settings.model_dump(mode="json", include={"task", "lora"}, exclude_unset=True)
+    return tomli_w.dumps(tree)
 
 
 def _table(tree: dict[str, Any], group: str) -> None:

@@ -15,7 +15,7 @@ from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.strategies import make_strategy
 from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
-from sfl.telemetry import MetricsWriter, log
+from sfl.telemetry import MetricsWriter, counted, log
 from sfl.v1 import federation_pb2 as pb
 
 
@@ -283,7 +283,8 @@ class Federation:
             trained_on={update.device: update.trained_on for update in updates},
             wall_s=round(time.perf_counter() - started, 4),
         )
-        log.info("version %d from %d submissions of %s", newest.number + 1, pooled, ", ".join(sorted(weights)))
+        submissions = counted(pooled, "submission", "submissions")
+        log.info("version %d from %s of %s", newest.number + 1, submissions, ", ".join(sorted(weights)))
         self.on_change()
 
     # Presence and time
