@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sfl.cli.names import flag_of, groups_of, nested, settings_of, variable_of
 from sfl.cli.sources import Given, from_environment, from_file, from_flags
 from sfl.errors import SettingsError
-from sfl.settings import DeviceSettings
+from sfl.settings import Settings
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -69,16 +69,9 @@ def load(
         raise SettingsError(_explain(error, given, known)) from None
 
 
-def as_toml(settings: BaseModel) -> str:
-    """All settings as a TOML file that `load` reads back to the same settings; those that are None are left out.
-
-    So are those that a device leaves to its edge server: as defaults they would contradict it.
-    """
-    tree = settings.model_dump(mode="json", exclude_none=True)
-    if isinstance(settings, DeviceSettings) and settings.model is None:
-        del tree["task"], tree["lora"]
-        tree |= settings.model_dump(mode="json", include={"task", "lora"}, exclude_unset=True)
-    return tomli_w.dumps(tree)
+def as_toml(settings: Settings) -> str:
+    """The settings as a TOML file that `load` reads back to the same ones."""
+    return tomli_w.dumps(settings.written())
 
 
 def _table(tree: dict[str, Any], group: str) -> None:
