@@ -216,3 +216,9 @@ class DeviceSettings(WorkerSettings):
     shuffle: bool = Field(True, description="shuffle the training examples in each epoch; otherwise they keep their order")
     validation_batches: int = Field(4, ge=1, description="batches in a local validation")
     profile: bool = Field(False, description="record where memory goes and write profile.json to `out`")
+
+    def written(self) -> dict[str, Any]:
+        """As ever, without what is left to the edge server: as defaults they would contradict it."""
+        left_open = {"task", "lora"} if self.model is None else set[str]()
+        given = self.model_dump(mode="json", include=left_open, exclude_unset=True)
+        return {**self.model_dump(mode="json", exclude_none=True, exclude=left_open), **given}

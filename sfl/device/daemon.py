@@ -14,7 +14,7 @@ from sfl.device.trainer import DeviceTrainer
 from sfl.model.seeds import dropout_seed
 from sfl.phases import phase
 from sfl.settings import DeviceSettings
-from sfl.telemetry import MetricsWriter, log, peak_rss_mb
+from sfl.telemetry import MetricsWriter, counted, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.wire.federation import FederationClient
 
@@ -57,7 +57,8 @@ def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
                 link.close()
                 federation.leave()
                 metrics.write("end", **training.totals(), peak_rss_mb=round(peak_rss_mb(), 1))
-                log.info("%s is done: %d steps, %d submissions", settings.name, training.steps, training.submissions)
+                submissions = counted(training.submissions, "submission", "submissions")
+                log.info("%s is done: %s, %s", settings.name, counted(training.steps, "step", "steps"), submissions)
         finally:
             link.hang_up()
     finally:

@@ -18,7 +18,7 @@ from sfl.fed_server.strategies import Standing
 from sfl.fed_server.updates import Update
 from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
-from sfl.telemetry import MetricsWriter, log
+from sfl.telemetry import MetricsWriter, counted, log
 
 _VIEWS_KEPT = 4  # of old versions, while an aggregation looks at what its updates stem from
 
@@ -159,20 +159,21 @@ class VersionMaker:
         for device, reason in done.rejected.items():
             log.warning("the update of device '%s' is not in version %d: %s", device, version, reason)
             self._refuse(device, None, reason)
-        counted = [update for update in updates if update.device in done.weights]
-        submissions = sum(update.pooled for update in counted)
+        used = [update for update in updates if update.device in done.weights]
+        submissions = sum(update.pooled for update in used)
         epsilons = self._aggregation.epsilons()
         self._metrics.write(
             "aggregate",
             version=version,
             devices=done.weights,
-            lags={update.device: update.lag for update in counted},
+            lags={update.device: update.lag for update in used},
             submissions=submissions,
-            steps={update.device: update.steps for update in counted},
-            trained_on={update.device: update.trained_on for update in counted},
+            steps={update.device: update.steps for update in used},
+            trained_on={update.device: update.trained_on for update in used},
             wall_s=round(wall_s, 4),
             **done.notes,
             **({"epsilon": epsilons} if epsilons else {}),
         )
-        devices = ", ".join(sorted(update.device for update in counted))
-        log.info("version %d from %d submissions of %s", version, submissions, devices or "no device, unchanged")
+        devices = ", ".join(sorted(update.device for update in used))
+        made_from = counted(submissions, "submission", "submissions")
+        log.info("version %d from %s of %s", version, made_from, devices or "no device, unchanged")

@@ -227,6 +227,23 @@ def test_what_is_printed_can_be_read_again(config: Path, tmp_path: Path) -> None
     assert load(DeviceSettings, again, environment={}) == settings
 
 
+def test_what_a_device_leaves_to_its_edge_is_not_printed() -> None:
+    given = ["--name", "camera", "--data.path", "flows.log"]
+    printed = as_toml(load(DeviceSettings, None, given, environment={}))
+    assert "task" not in printed and "\nrank" not in printed
+    printed = as_toml(load(DeviceSettings, None, [*given, "--lora.rank", "4"], environment={}))
+    assert "rank = 4" in printed and "\nalpha" not in printed
+    printed = as_toml(load(DeviceSettings, None, [*given, "--model", "m"], environment={}))
+    assert "\ntask" in printed and "\nalpha" in printed
+
+
+def test_help_shows_that_a_cut_is_a_number_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(DeviceSettings, None, ["--help"], environment={})
+    shown = capsys.readouterr().out
+    assert "--cut {N,auto}" in shown and "--compute {fp32,bf16}" in shown
+
+
 def test_options_are_told_from_settings() -> None:
     options = split_options(["--cut", "2", "--config", "a.toml", "--print-config", "--seed=1"])
     assert options == (Path("a.toml"), True, ["--cut", "2", "--seed=1"])
