@@ -136,7 +136,8 @@ class StrategySettings(Settings):
         le=1,
         description=_differs(
             "pace",
-            "min_steps and max_steps of a device are multiplied by (mean examples of all devices / its own) ** pace (gsfs)",
+            "min_steps and max_steps of a device are multiplied by (mean examples of all devices / its own) ** pace, at most 8"
+            " times as many or as few, where weights go by examples (gsfs)",
         ),
     )
     max_steps: int | None = Field(

@@ -90,7 +90,7 @@ def cost(target: float | None) -> tuple[Column, ...]:
     return (
         *COST,
         Column("target_s", f"simulated s to {target:g}", lambda run: _if(reached(run), lambda point: point.simulated_s), 0),
-        Column("target_mb", f"MB up to {target:g}", lambda run: _if(reached(run), lambda point: point.bytes_received / 1e6), 1),
+        Column("target_mb", f"MB up, to {target:g}", lambda run: _if(reached(run), lambda point: point.bytes_received / 1e6), 1),
     )
 
 

@@ -120,8 +120,8 @@ class TriggeredUploads:
     both distances, but one below 1 only `min_steps`: a good link is no reason to send what no trigger asks for.
     A local validation is due `validate_every` steps after the last one, however often was uploaded since, and no sooner than
     an upload is possible. With `validate_every` 0 nothing is validated and the performance trigger never fires.
-    theta_ref is the version that was adopted last, or, where versions come fast, one that was adopted less than
-    `reference_every` steps ago: to validate each of them would cost more than to train.
+    theta_ref is the version that was adopted last of those that were validated: the first one, and each that comes
+    `reference_every` steps or more after the one before. To validate all would cost more than to train where versions come fast.
     """
 
     waits = False

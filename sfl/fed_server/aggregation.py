@@ -146,7 +146,7 @@ class Aggregation:
         largest = max(updates, key=lambda update: update.rank)
 
         def read(keys: Collection[AdapterKey] | None) -> AdapterState:
-            return {key: value.copy() for key, value in delta.items() if keys is None or key in keys}
+            return {key: value for key, value in delta.items() if keys is None or key in keys}
 
         name = f"{rule.name} of {len(updates)}"
         return dataclasses.replace(largest, device=name, read=read, base=lambda: self.merge.view(state, largest.rank))

@@ -102,7 +102,7 @@ class VersionMaker:
         return waits
 
     def make(self) -> bool:
-        """Make a version of the pool. One is published even when no update could be used: devices may be waiting for it.
+        """Make a version of the pool. When no update could be used, one is published if the strategy has devices wait for it.
 
         False when it cannot be written, because the disk is full, say; the pool stays then, for the next time.
         """
@@ -119,6 +119,10 @@ class VersionMaker:
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
             done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
+        if not done.weights and not self._aggregation.strategy.waits:
+            self._pool.remove(taken)
+            self._tell_refused(newest.number + 1, done)
+            return True
         try:
             extras = server_state.files(done, self._settings.strategy.name)
             self._store.publish(newest.number + 1, done.state, newest.layout, extras)
@@ -155,10 +159,13 @@ class VersionMaker:
 
         return [update(pooled) for pooled in taken]
 
-    def _tell(self, version: int, updates: list[Update], done: Aggregated, wall_s: float) -> None:
+    def _tell_refused(self, version: int, done: Aggregated) -> None:
         for device, reason in done.rejected.items():
             log.warning("the update of device '%s' is not in version %d: %s", device, version, reason)
             self._refuse(device, None, reason)
+
+    def _tell(self, version: int, updates: list[Update], done: Aggregated, wall_s: float) -> None:
+        self._tell_refused(version, done)
         used = [update for update in updates if update.device in done.weights]
         submissions = sum(update.pooled for update in used)
         epsilons = self._aggregation.epsilons()

@@ -44,7 +44,7 @@ def test_a_target_has_its_price() -> None:
         return replace(outcome(), curve=tuple(points))
 
     seconds, megabytes = (column for column in cost(0.5) if column not in COST)
-    assert (seconds.title, megabytes.title) == ("simulated s to 0.5", "MB up to 0.5")
+    assert (seconds.title, megabytes.title) == ("simulated s to 0.5", "MB up, to 0.5")
     swinging, never = run(0.1, 0.4, 0.5, 0.3, 0.6), run(0.1, 0.4)
     assert (seconds.figure(swinging), megabytes.figure(swinging)) == (4.0, 2.0)
     assert cell(seconds, [swinging, never]) == "4 [1 of 2]" and cell(seconds, [never]) == "-"

@@ -206,3 +206,10 @@ def test_an_edge_gets_nothing_below_its_lowest_cut(tmp_path: Path) -> None:
     assert {key.layer for key in fed.fetch("high", 0, 2)} == {2, 3, HEAD}
     with pytest.raises(RefusedError, match="least cut is 1"):
         fed.join(edge("low", cut=0))
+
+
+def test_nobody_believes_any_number_of_examples(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2)
+    fed.join(edge())
+    with pytest.raises(RefusedError, match="no device has 18446744073709551615 training examples"):
+        fed.join(device("a", examples=2**64 - 1))

@@ -167,8 +167,10 @@ def test_a_device_with_much_data_uploads_sooner_and_one_with_little_later() -> N
         triggered = make_strategy(settings).policy(size).triggered
         return triggered.min_steps, triggered.max_steps
 
-    assert [bounds(size) for size in (8.0, 1.0, 1 / 8, 1 / 27)] == [(3, 6), (12, 24), (48, 96), (108, 216)]
-    assert bounds(1e9) == (1, 1) and bounds(1 / 8, max_steps=0) == (48, 0)
+    assert [bounds(size) for size in (8.0, 1.0, 1 / 8)] == [(3, 6), (12, 24), (48, 96)]
+    assert bounds(1e-9) == (96, 192) and bounds(1e15) == (2, 3), "what a device claims is believed within bounds"
+    assert bounds(8.0, weights="equal") == (12, 24), "nothing follows from data that do not count"
+    assert bounds(1 / 8, max_steps=0) == (48, 0)
     assert [bounds(size, max_steps=None) for size in (8.0, 1 / 8)] == [(3, 6), (48, 96)], "left out, it follows min_steps"
     assert [bounds(size, pace=0.0) for size in (8.0, 1 / 8)] == [(12, 24), (12, 24)]
     assert make_strategy(StrategySettings(name="gsfs-printed")).policy(1 / 8).triggered.min_steps == 1
@@ -301,3 +303,11 @@ def test_under_one_cut_splitlora_adds_the_edges_pieces_up() -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     head = next(key for key in a if key.layer == HEAD)
     assert prepared[0].delta([head]).keys() == {head}, "a part of it can be read by itself"
+
+
+def test_where_progress_cannot_be_kept_devices_adopt_after_an_upload_alone() -> None:
+    kept, lost, printed = (
+        make_strategy(StrategySettings(name=name, keep_progress=keep)).policy().adopt_after_upload
+        for name, keep in (("gsfs", True), ("gsfs", False), ("gsfs-printed", False))
+    )
+    assert (kept, lost, printed) == (False, True, False)
