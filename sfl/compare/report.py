@@ -37,8 +37,9 @@ def headline(store: Store) -> str:
     run = next(run for by_seed in store.outcomes().values() for run in by_seed.values())
     about = store.about
     optimizer = about["optimizer"]
+    warmup = f" after {optimizer['warmup_steps']} steps of warm-up" if optimizer.get("warmup_steps") else ""
     return (
         f"{len(run.devices)} devices, {run.train} training and {run.test} test examples, {len(run.labels)} labels;"
         f" {about['steps']} steps of {about['batch_size']} each, {optimizer['name']} {optimizer['learning_rate']:g}"
-        f" {optimizer['schedule']}, {about['precision']} base"
+        f" {optimizer['schedule']}{warmup}, {about['precision']} base"
     )

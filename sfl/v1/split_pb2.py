@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sfl.v1 import tensor_pb2 as sfl_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12sfl/v1/split.proto\x12\x06sfl.v1\x1a\x13sfl/v1/tensor.proto\"\x97\x02\n\rDeviceMessage\x12\x1c\n\x04open\x18\x01 \x01(\x0b\x32\x0c.sfl.v1.OpenH\x00\x12\x1c\n\x04step\x18\x02 \x01(\x0b\x32\x0c.sfl.v1.StepH\x00\x12$\n\x08\x65valuate\x18\x03 \x01(\x0b\x32\x10.sfl.v1.EvaluateH\x00\x12$\n\x06submit\x18\x04 \x01(\x0b\x32\x12.sfl.v1.SubmitHalfH\x00\x12\x1e\n\x05\x61\x64opt\x18\x05 \x01(\x0b\x32\r.sfl.v1.AdoptH\x00\x12\x1e\n\x05\x63lose\x18\x06 \x01(\x0b\x32\r.sfl.v1.CloseH\x00\x12\x0f\n\x05\x63hunk\x18\x07 \x01(\x0cH\x00\x12%\n\x07tensors\x18\x08 \x03(\x0b\x32\x14.sfl.v1.TensorHeaderB\x06\n\x04\x62ody\"\xcf\x02\n\x0b\x45\x64geMessage\x12 \n\x06opened\x18\x01 \x01(\x0b\x32\x0e.sfl.v1.OpenedH\x00\x12 \n\x04step\x18\x02 \x01(\x0b\x32\x10.sfl.v1.StepDoneH\x00\x12&\n\tevaluated\x18\x03 \x01(\x0b\x32\x11.sfl.v1.EvaluatedH\x00\x12&\n\tsubmitted\x18\x04 \x01(\x0b\x32\x11.sfl.v1.HalfTakenH\x00\x12\"\n\x07\x61\x64opted\x18\x05 \x01(\x0b\x32\x0f.sfl.v1.AdoptedH\x00\x12 \n\x06\x63losed\x18\x06 \x01(\x0b\x32\x0e.sfl.v1.ClosedH\x00\x12\x0f\n\x05\x63hunk\x18\x07 \x01(\x0cH\x00\x12&\n\theartbeat\x18\x08 \x01(\x0b\x32\x11.sfl.v1.HeartbeatH\x00\x12%\n\x07tensors\x18\t \x03(\x0b\x32\x14.sfl.v1.TensorHeaderB\x06\n\x04\x62ody\"L\n\x04Lora\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\"[\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x03 \x01(\x01\x12\x13\n\x0b\x64\x65\x63\x61y_steps\x18\x04 \x01(\x04\"\xb9\x02\n\x04Open\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0b\n\x03\x63ut\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\x12\x1a\n\x04lora\x18\x07 \x01(\x0b\x32\x0c.sfl.v1.Lora\x12$\n\toptimizer\x18\x08 \x01(\x0b\x32\x11.sfl.v1.Optimizer\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0c\n\x04rank\x18\x0b \x01(\r\x12\x10\n\x08proximal\x18\x0c \x01(\x01\x12\x14\n\x0c\x66rozen_parts\x18\r \x03(\t\x12\x1b\n\x13shared_edge_adapter\x18\x0e \x01(\x08\x12\x17\n\x0f\x66resh_optimizer\x18\x0f \x01(\x08\"\x1b\n\x06Opened\x12\x11\n\tlast_step\x18\x01 \x01(\x04\"C\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x1c\n\x14learning_rate_factor\x18\x03 \x01(\x01\"_\n\x08StepDone\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12&\n\x0blayer_norms\x18\x04 \x03(\x0b\x32\x11.sfl.v1.LayerNorm\"(\n\tLayerNorm\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04norm\x18\x02 \x01(\x01\"\x1b\n\x08\x45valuate\x12\x0f\n\x07version\x18\x01 \x01(\r\"(\n\tEvaluated\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"1\n\nSubmitHalf\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"\x1f\n\tHalfTaken\x12\x12\n\nsubmission\x18\x01 \x01(\t\"/\n\x05\x41\x64opt\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x15\n\rkeep_progress\x18\x02 \x01(\x08\"\x1a\n\x07\x41\x64opted\x12\x0f\n\x07version\x18\x01 \x01(\r\"\x07\n\x05\x43lose\"\x08\n\x06\x43losed\"\x0b\n\tHeartbeat2H\n\rSplitTraining\x12\x37\n\x05Train\x12\x15.sfl.v1.DeviceMessage\x1a\x13.sfl.v1.EdgeMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12sfl/v1/split.proto\x12\x06sfl.v1\x1a\x13sfl/v1/tensor.proto\"\x97\x02\n\rDeviceMessage\x12\x1c\n\x04open\x18\x01 \x01(\x0b\x32\x0c.sfl.v1.OpenH\x00\x12\x1c\n\x04step\x18\x02 \x01(\x0b\x32\x0c.sfl.v1.StepH\x00\x12$\n\x08\x65valuate\x18\x03 \x01(\x0b\x32\x10.sfl.v1.EvaluateH\x00\x12$\n\x06submit\x18\x04 \x01(\x0b\x32\x12.sfl.v1.SubmitHalfH\x00\x12\x1e\n\x05\x61\x64opt\x18\x05 \x01(\x0b\x32\r.sfl.v1.AdoptH\x00\x12\x1e\n\x05\x63lose\x18\x06 \x01(\x0b\x32\r.sfl.v1.CloseH\x00\x12\x0f\n\x05\x63hunk\x18\x07 \x01(\x0cH\x00\x12%\n\x07tensors\x18\x08 \x03(\x0b\x32\x14.sfl.v1.TensorHeaderB\x06\n\x04\x62ody\"\xcf\x02\n\x0b\x45\x64geMessage\x12 \n\x06opened\x18\x01 \x01(\x0b\x32\x0e.sfl.v1.OpenedH\x00\x12 \n\x04step\x18\x02 \x01(\x0b\x32\x10.sfl.v1.StepDoneH\x00\x12&\n\tevaluated\x18\x03 \x01(\x0b\x32\x11.sfl.v1.EvaluatedH\x00\x12&\n\tsubmitted\x18\x04 \x01(\x0b\x32\x11.sfl.v1.HalfTakenH\x00\x12\"\n\x07\x61\x64opted\x18\x05 \x01(\x0b\x32\x0f.sfl.v1.AdoptedH\x00\x12 \n\x06\x63losed\x18\x06 \x01(\x0b\x32\x0e.sfl.v1.ClosedH\x00\x12\x0f\n\x05\x63hunk\x18\x07 \x01(\x0cH\x00\x12&\n\theartbeat\x18\x08 \x01(\x0b\x32\x11.sfl.v1.HeartbeatH\x00\x12%\n\x07tensors\x18\t \x03(\x0b\x32\x14.sfl.v1.TensorHeaderB\x06\n\x04\x62ody\"L\n\x04Lora\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\"q\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x03 \x01(\x01\x12\x13\n\x0b\x64\x65\x63\x61y_steps\x18\x04 \x01(\x04\x12\x14\n\x0cwarmup_steps\x18\x05 \x01(\x04\"\xb9\x02\n\x04Open\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0b\n\x03\x63ut\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\x12\x1a\n\x04lora\x18\x07 \x01(\x0b\x32\x0c.sfl.v1.Lora\x12$\n\toptimizer\x18\x08 \x01(\x0b\x32\x11.sfl.v1.Optimizer\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0c\n\x04rank\x18\x0b \x01(\r\x12\x10\n\x08proximal\x18\x0c \x01(\x01\x12\x14\n\x0c\x66rozen_parts\x18\r \x03(\t\x12\x1b\n\x13shared_edge_adapter\x18\x0e \x01(\x08\x12\x17\n\x0f\x66resh_optimizer\x18\x0f \x01(\x08\"\x1b\n\x06Opened\x12\x11\n\tlast_step\x18\x01 \x01(\x04\"C\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x1c\n\x14learning_rate_factor\x18\x03 \x01(\x01\"_\n\x08StepDone\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12&\n\x0blayer_norms\x18\x04 \x03(\x0b\x32\x11.sfl.v1.LayerNorm\"(\n\tLayerNorm\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04norm\x18\x02 \x01(\x01\"\x1b\n\x08\x45valuate\x12\x0f\n\x07version\x18\x01 \x01(\r\"(\n\tEvaluated\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"1\n\nSubmitHalf\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"\x1f\n\tHalfTaken\x12\x12\n\nsubmission\x18\x01 \x01(\t\"/\n\x05\x41\x64opt\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x15\n\rkeep_progress\x18\x02 \x01(\x08\"\x1a\n\x07\x41\x64opted\x12\x0f\n\x07version\x18\x01 \x01(\r\"\x07\n\x05\x43lose\"\x08\n\x06\x43losed\"\x0b\n\tHeartbeat2H\n\rSplitTraining\x12\x37\n\x05Train\x12\x15.sfl.v1.DeviceMessage\x1a\x13.sfl.v1.EdgeMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,35 +39,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LORA']._serialized_start=671
   _globals['_LORA']._serialized_end=747
   _globals['_OPTIMIZER']._serialized_start=749
-  _globals['_OPTIMIZER']._serialized_end=840
-  _globals['_OPEN']._serialized_start=843
-  _globals['_OPEN']._serialized_end=1156
-  _globals['_OPENED']._serialized_start=1158
-  _globals['_OPENED']._serialized_end=1185
-  _globals['_STEP']._serialized_start=1187
-  _globals['_STEP']._serialized_end=1254
-  _globals['_STEPDONE']._serialized_start=1256
-  _globals['_STEPDONE']._serialized_end=1351
-  _globals['_LAYERNORM']._serialized_start=1353
-  _globals['_LAYERNORM']._serialized_end=1393
-  _globals['_EVALUATE']._serialized_start=1395
-  _globals['_EVALUATE']._serialized_end=1422
-  _globals['_EVALUATED']._serialized_start=1424
-  _globals['_EVALUATED']._serialized_end=1464
-  _globals['_SUBMITHALF']._serialized_start=1466
-  _globals['_SUBMITHALF']._serialized_end=1515
-  _globals['_HALFTAKEN']._serialized_start=1517
-  _globals['_HALFTAKEN']._serialized_end=1548
-  _globals['_ADOPT']._serialized_start=1550
-  _globals['_ADOPT']._serialized_end=1597
-  _globals['_ADOPTED']._serialized_start=1599
-  _globals['_ADOPTED']._serialized_end=1625
-  _globals['_CLOSE']._serialized_start=1627
-  _globals['_CLOSE']._serialized_end=1634
-  _globals['_CLOSED']._serialized_start=1636
-  _globals['_CLOSED']._serialized_end=1644
-  _globals['_HEARTBEAT']._serialized_start=1646
-  _globals['_HEARTBEAT']._serialized_end=1657
-  _globals['_SPLITTRAINING']._serialized_start=1659
-  _globals['_SPLITTRAINING']._serialized_end=1731
+  _globals['_OPTIMIZER']._serialized_end=862
+  _globals['_OPEN']._serialized_start=865
+  _globals['_OPEN']._serialized_end=1178
+  _globals['_OPENED']._serialized_start=1180
+  _globals['_OPENED']._serialized_end=1207
+  _globals['_STEP']._serialized_start=1209
+  _globals['_STEP']._serialized_end=1276
+  _globals['_STEPDONE']._serialized_start=1278
+  _globals['_STEPDONE']._serialized_end=1373
+  _globals['_LAYERNORM']._serialized_start=1375
+  _globals['_LAYERNORM']._serialized_end=1415
+  _globals['_EVALUATE']._serialized_start=1417
+  _globals['_EVALUATE']._serialized_end=1444
+  _globals['_EVALUATED']._serialized_start=1446
+  _globals['_EVALUATED']._serialized_end=1486
+  _globals['_SUBMITHALF']._serialized_start=1488
+  _globals['_SUBMITHALF']._serialized_end=1537
+  _globals['_HALFTAKEN']._serialized_start=1539
+  _globals['_HALFTAKEN']._serialized_end=1570
+  _globals['_ADOPT']._serialized_start=1572
+  _globals['_ADOPT']._serialized_end=1619
+  _globals['_ADOPTED']._serialized_start=1621
+  _globals['_ADOPTED']._serialized_end=1647
+  _globals['_CLOSE']._serialized_start=1649
+  _globals['_CLOSE']._serialized_end=1656
+  _globals['_CLOSED']._serialized_start=1658
+  _globals['_CLOSED']._serialized_end=1666
+  _globals['_HEARTBEAT']._serialized_start=1668
+  _globals['_HEARTBEAT']._serialized_end=1679
+  _globals['_SPLITTRAINING']._serialized_start=1681
+  _globals['_SPLITTRAINING']._serialized_end=1753
 # @@protoc_insertion_point(module_scope)

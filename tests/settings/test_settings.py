@@ -96,6 +96,11 @@ def test_settings_do_not_change_once_read() -> None:
         settings.cut = 2  # type: ignore[misc]
 
 
+def test_the_rate_cannot_rise_for_as_long_as_a_device_trains() -> None:
+    with pytest.raises(ValidationError, match="warmup_steps 10 must be fewer than the device's 10 steps"):
+        DeviceSettings.model_validate({"name": "d", "data": {"path": "x"}, "steps": 10, "optimizer": {"warmup_steps": 10}})
+
+
 def test_lora_settings_become_the_specification_that_adapters_carry() -> None:
     settings = LoraSettings(rank=4, alpha=8, dropout=0.1, target_modules=("q_proj", "v_proj"))
     assert settings.spec() == LoraSpec(4, 8.0, 0.1, ("q_proj", "v_proj"))
