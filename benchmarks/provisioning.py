@@ -36,7 +36,7 @@ class Device:
         self.out = folder / "out"
         self.cache = HalfCache(folder / "cache", 0)
         self._settings = {
-            "name": self.name, "edge": running.edge, "cut": cut, "precision": precision, "data": {"path": "none"},
+            "name": self.name, "edge": running.edge, "cut": cut, "precision": precision, "data": {"path": __file__},
             "cache": str(self.cache.folder), "cache_limit_mb": 100_000, "out": str(self.out),
         }  # fmt: skip
 

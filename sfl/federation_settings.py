@@ -45,6 +45,7 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "min_steps": 1,
         "max_steps": 0,
         "pace": 0.0,
+        "reference_every": 0,
         "threshold": 0.3,
         "threshold_growth": 1.0,
         "threshold_decay": 1.0,
@@ -135,7 +136,8 @@ class StrategySettings(Settings):
         le=1,
         description=_differs(
             "pace",
-            "min_steps and max_steps of a device are multiplied by (mean examples of all devices / its own) ** pace (gsfs)",
+            "min_steps and max_steps of a device are multiplied by (mean examples of all devices / its own) ** pace, at most 8"
+            " times as many or as few, where weights go by examples (gsfs)",
         ),
     )
     max_steps: int | None = Field(
@@ -146,6 +148,15 @@ class StrategySettings(Settings):
         ),
     )
     validate_every: int = Field(10, ge=0, description="steps between two local validations; 0: none (gsfs)")
+    reference_every: int = Field(
+        10,
+        ge=0,
+        description=_differs(
+            "reference_every",
+            "steps for which a validation after an adoption stays the reference of the performance trigger, however many versions"
+            " are adopted meanwhile; 0: each adoption is validated (gsfs)",
+        ),
+    )
     threshold: float = Field(
         0.1,
         gt=0,
@@ -192,10 +203,11 @@ class StrategySettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        """What is left open by the defaults of the strategy that is named."""
+        """What is left open, or None, by the defaults of the strategy that is named."""
         if not isinstance(given, dict):
             return given
-        return {**_OWN_DEFAULTS.get(str(given.get("name")), {}), **given}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return {**_OWN_DEFAULTS.get(str(given.get("name")), {}), **chosen}
 
     @model_validator(mode="after")
     def _check(self) -> StrategySettings:

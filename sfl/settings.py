@@ -96,6 +96,9 @@ class OptimizerSettings(Settings):
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="learning rate over the device's steps: the same, or down to 0 in a straight line"
     )
+    warmup_steps: int = Field(
+        0, ge=0, description="steps over which the learning rate rises in a straight line first; fewer than the device's steps"
+    )
 
 
 class DaemonSettings(Settings):
@@ -238,3 +241,16 @@ class DeviceSettings(WorkerSettings):
     shuffle: bool = Field(True, description="shuffle the training examples in each epoch; otherwise they keep their order")
     validation_batches: int = Field(4, ge=1, description="batches in a local validation")
     profile: bool = Field(False, description="record where memory goes and write profile.json to `out`")
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> DeviceSettings:
+        warmup = self.optimizer.warmup_steps
+        if warmup >= self.steps:
+            raise ValueError(f"optimizer.warmup_steps {warmup} must be fewer than the device's {self.steps} steps")
+        return self
+
+    def written(self) -> dict[str, Any]:
+        """As ever, without what is left to the edge server: as defaults they would contradict it."""
+        left_open = {"task", "lora"} if self.model is None else set[str]()
+        given = self.model_dump(mode="json", include=left_open, exclude_unset=True)
+        return {**self.model_dump(mode="json", exclude_none=True, exclude=left_open), **given}

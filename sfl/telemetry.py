@@ -23,6 +23,9 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 
 _peak_before_restart = 0.0  # MB
 
+_NEEDLESS = "Failed to load CPU gemm_4bit_forward from kernels-community"  # a faster kernel for nf4, which nothing here needs
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: not str(record.msg).startswith(_NEEDLESS))
+
 
 def configure_logging(level: str = "INFO", form: LogFormat = "text", daemon: str = "") -> None:
     """Send the log to standard error, one line a record, at `level` (a name that `logging` knows).
@@ -35,7 +38,11 @@ def configure_logging(level: str = "INFO", form: LogFormat = "text", daemon: str
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
     log.propagate = False
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not needed, whatever imports it
+
+
+def counted(count: int, one: str, several: str) -> str:
+    """A number with its noun, for a sentence."""
+    return f"{count} {one if count == 1 else several}"
 
 
 def is_structured() -> bool:

@@ -107,8 +107,6 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
 
     Raises `AdapterError` when the folder is missing, was not written by sfl, or holds a damaged or incomplete adapter.
     """
-    if not folder.is_dir():
-        raise AdapterError(f"there is no adapter folder {folder}")
     layout, frozen = _read_about(folder)
     try:
         tensors = load_file(folder / TENSORS)
@@ -128,12 +126,17 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
 
 
 def read_layout(folder: Path) -> AdapterLayout:
-    """The layout of the adapter in `folder`, without its tensors. Raises `AdapterError` when sfl did not write it."""
+    """The layout of the adapter in `folder`, without its tensors.
+
+    Raises `AdapterError` when the folder is missing or was not written by sfl.
+    """
     return _read_about(folder).layout
 
 
 def _read_about(folder: Path) -> _About:
     path = folder / LAYOUT
+    if not folder.is_dir():
+        raise AdapterError(f"there is no adapter folder {folder}")
     if not path.is_file():
         raise AdapterError(f"{folder} holds no {LAYOUT}: it was not written by sfl, which needs it to know labels and layers")
     try:

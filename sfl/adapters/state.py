@@ -55,6 +55,15 @@ def edge_half(state: Mapping[AdapterKey, Array], cut: int) -> AdapterState:
     return {key: value for key, value in state.items() if key.layer >= cut}
 
 
+def trained_part(key: AdapterKey, rank: int) -> tuple[slice, ...]:
+    """Where the factor of a smaller rank lies in that of a larger one: rows of A, columns of B, and all of anything else."""
+    if key.layer != HEAD and key.part == "A":
+        return (slice(rank),)
+    if key.layer != HEAD and key.part == "B":
+        return (slice(None), slice(rank))
+    return ()
+
+
 def difference(new: Mapping[AdapterKey, Array], old: Mapping[AdapterKey, Array]) -> AdapterState:
     """`new - old`, tensor by tensor. Raises `AdapterError` when keys or shapes differ."""
     require_same_keys(new, old)

@@ -11,6 +11,7 @@ import typer
 from sfl.cache.cache import Entry, HalfCache, default_folder
 from sfl.cache.edges import KnownEdges
 from sfl.errors import SettingsError
+from sfl.telemetry import counted
 
 app = typer.Typer(no_args_is_help=True, help="List or clear the halves of models that are kept on this machine's disk.")
 
@@ -43,7 +44,7 @@ def list_(
         known = (row["folder"], row["model"] or "-", row["source"][:12], str(row["cut"]), row["precision"])
         table.add_row(*known, f"{row['bytes'] / 1e6:.1f}", used, row["state"])
     screen.print(table)
-    screen.print(f"{len(rows)} halves, {sum(row['bytes'] for row in rows) / 1e6:.1f} MB", highlight=False)
+    screen.print(f"{counted(len(rows), 'half', 'halves')}, {sum(row['bytes'] for row in rows) / 1e6:.1f} MB", highlight=False)
 
 
 @app.command()
@@ -61,15 +62,19 @@ def clear(
     if sum([source is not None, every, edge is not None]) != 1:
         raise SettingsError("say what to clear: a SOURCE (`sfl cache list` shows them), --edge HOST:PORT or --all")
     removed: list[Entry] = []
-    in_use: list[Entry] = []
+    stayed = 0
     for place in _places(cache):
         for entry in _chosen(place, source, edge):
-            (in_use if place.in_use(entry.key) or not place.remove(entry) else removed).append(entry)
-    for entry in in_use:
-        typer.echo(f"{entry.key} is in use and stays", err=True)
-    if not removed and not in_use and source is not None:
+            if place.in_use(entry.key) or not place.remove(entry):
+                typer.echo(f"{place.folder}: {entry.key} is in use and stays", err=True)
+                stayed += 1
+            else:
+                removed.append(entry)
+        if every:
+            _forget_what_is_gone(place)
+    if not removed and not stayed and source is not None:
         raise SettingsError(f"nothing was cleared: no half in the cache is of {source}; see `sfl cache list`")
-    typer.echo(f"cleared {len(removed)} halves, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
+    typer.echo(f"cleared {counted(len(removed), 'half', 'halves')}, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
 
 
 def _places(cache: Path | None) -> list[HalfCache]:
@@ -102,7 +107,12 @@ def _chosen(place: HalfCache, source: str | None, edge: str | None) -> list[Entr
         if provided.source in {other.source for other in known.all().values()}:
             return []  # another edge server provides it, too
         source = provided.source
-    elif source is None:
-        for address in known.all():
-            known.forget(address)
     return [entry for entry in place.entries() if entry.key.source.startswith(source or "")]
+
+
+def _forget_what_is_gone(place: HalfCache) -> None:
+    """Forget the edge servers that provided a model of which no half is left."""
+    known, kept = KnownEdges(place.folder), {entry.key.source for entry in place.entries()}
+    for address, provided in known.all().items():
+        if provided.source not in kept:
+            known.forget(address)

@@ -68,5 +68,5 @@ def _print(store: Store) -> None:
     if not screen.is_terminal:
         screen.width = 240  # a file or a pipe has room for the whole tables
     screen.print(headline(store), highlight=False, soft_wrap=True)
-    for table in as_text(store.outcomes()):
+    for table in as_text(store.outcomes(), store.target):
         screen.print(table)

@@ -56,11 +56,12 @@ def _default(field: FieldInfo) -> str:
 def _metavar(field: FieldInfo) -> str:
     kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind is not type(None)]
     choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+    words = [word for kind, word in _METAVARS.items() if kind in kinds]
     if choices:
-        return "{" + ",".join(choices) + "}"
+        return "{" + ",".join((*words, *choices)) + "}"
     if is_list(field):
         return "A,B,..."
-    return next((word for kind, word in _METAVARS.items() if kind in kinds), "TEXT")
+    return words[0] if words else "TEXT"
 
 
 class _Parser(argparse.ArgumentParser):

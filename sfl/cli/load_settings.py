@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from sfl.base_settings import Settings
 from sfl.cli.names import flag_of, groups_of, nested, settings_of, variable_of
 from sfl.cli.sources import Given, from_environment, from_file, from_flags
 from sfl.errors import SettingsError
@@ -68,9 +69,9 @@ def load(
         raise SettingsError(_explain(error, given, known)) from None
 
 
-def as_toml(settings: BaseModel) -> str:
-    """All settings as a TOML file that `load` reads back to the same settings; those that are None are left out."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+def as_toml(settings: Settings) -> str:
+    """The settings as a TOML file that `load` reads back to the same ones."""
+    return tomli_w.dumps(settings.written())
 
 
 def _table(tree: dict[str, Any], group: str) -> None:

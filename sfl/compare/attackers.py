@@ -97,7 +97,8 @@ def _chosen(settings: AttackSettings, names: list[str], seed: int) -> tuple[str,
     if unknown:
         raise SettingsError(f"attack.names has '{unknown[0]}', which is no device: there are {', '.join(names)}")
     count = len(settings.names) or settings.devices
-    if (settings.kind is None) != (count == 0):
+    none_said = count == 0 and "devices" in settings.model_fields_set  # the run without an attacker among those with
+    if (settings.kind is None or none_said) != (count == 0):
         raise SettingsError("an attack needs both: attack.kind, and attack.devices or attack.names to say how many or who")
     if settings.names and settings.devices not in (0, count):
         raise SettingsError(f"attack.devices is {settings.devices}, and attack.names has {count}: leave one of them out")

@@ -22,10 +22,10 @@ def write_report(store: Store) -> list[Path]:
     if not outcomes:
         raise SflError(f"{store.out} holds no finished run yet")
     figures, words = store.out / "compare.json", store.out / "compare.md"
-    document = {"about": store.about, "variants": as_json(outcomes)}
+    document = {"about": store.about, "variants": as_json(outcomes, store.target)}
     figures.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     title = headline(store)
-    words.write_text(f"{title}\n\n{as_markdown(outcomes)}", encoding="utf-8")
+    words.write_text(f"{title}\n\n{as_markdown(outcomes, store.target)}", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no pictures: matplotlib is not installed (pip install '.[demo]')")
         return [figures, words]
@@ -37,8 +37,9 @@ def headline(store: Store) -> str:
     run = next(run for by_seed in store.outcomes().values() for run in by_seed.values())
     about = store.about
     optimizer = about["optimizer"]
+    warmup = f" after {optimizer['warmup_steps']} steps of warm-up" if optimizer.get("warmup_steps") else ""
     return (
         f"{len(run.devices)} devices, {run.train} training and {run.test} test examples, {len(run.labels)} labels;"
         f" {about['steps']} steps of {about['batch_size']} each, {optimizer['name']} {optimizer['learning_rate']:g}"
-        f" {optimizer['schedule']}, {about['precision']} base"
+        f" {optimizer['schedule']}{warmup}, {about['precision']} base"
     )

@@ -127,6 +127,9 @@ class CompareSettings(RunSettings):
     )
     first_seed: int = Field(0, ge=0, description="the first of them")
     curve_points: int = Field(12, ge=0, description="versions of a run that are evaluated on the way to its last")
+    target: float | None = Field(
+        None, gt=0, le=1, description="accuracy; the table then says what the first evaluated version that reached it had taken"
+    )
     latency_texts: int = Field(50, ge=1, description="texts that are classified one by one, to time them")
     run_on: RunOn = Field("cpu", description="where the model computes")
     threads: int = Field(0, ge=0, description="CPU threads; 0: torch's default")

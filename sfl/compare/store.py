@@ -27,6 +27,7 @@ _BESIDE = {
     *("data", "model", "path", "out", "adapters", "listen", "federation", "edge", "log_level", "threads", "profile"),
     *("wait_s", "give_up_s", "join_wait_s", "cache", "cache_limit_mb", "tight_memory", "provide"),
 }
+_SHOWN = {"target"}  # in the tables and not in the runs: may change, too, and is noted
 _FREE = {"strategies", "merges", "run", "seeds", "first_seed", "keep", *_BESIDE}  # may change between two calls for one folder
 
 
@@ -91,7 +92,7 @@ class Store:
         """
         about = {"format": _FORMAT, "data": data, "model": model, **_plain(settings, _FREE)}
         about = json.loads(json.dumps(about))
-        for name in sorted(self.about.keys() | about.keys()) if self.about else ():
+        for name in sorted((self.about.keys() | about.keys()) - _SHOWN) if self.about else ():
             if self.about.get(name) != about.get(name):
                 raise SettingsError(
                     f"{self.out} holds another comparison: its {name} is {self.about.get(name)}, not {about.get(name)}; choose"
@@ -104,6 +105,11 @@ class Store:
         self.about = about
         self.planned = [runs[place] for name in names for place in sorted(runs) if place[0] == name]
         self._write(_PLAN, {"about": about, "runs": [vars(run) for run in self.planned]})
+
+    @property
+    def target(self) -> float | None:
+        """The accuracy that the tables say the cost of, if any."""
+        return self.about.get("target")
 
     def finished(self, run: Planned) -> Outcome | None:
         """The outcome of a run, None while there is none; a damaged file is logged and counts as none."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from sfl.compare.outcome import DeviceOutcome, Outcome
+from sfl.compare.outcome import DeviceOutcome, Outcome, Point
 
 Outcomes = Mapping[str, Mapping[int, Outcome]]  # by variant, then by seed
 
@@ -79,6 +80,29 @@ COST = (
     Column("simulated_s", "simulated s", lambda run: run.simulated_s, 0, False),
     Column("wall_s", "s here", lambda run: run.wall_s, 0, False),
 )
+
+
+def cost(target: float | None) -> tuple[Column, ...]:
+    """The columns of cost, with what it took to reach an accuracy of `target`."""
+    if target is None:
+        return COST
+    reached = partial(_reached, target=target)
+    return (
+        *COST,
+        Column("target_s", f"simulated s to {target:g}", lambda run: _if(reached(run), lambda point: point.simulated_s), 0),
+        Column("target_mb", f"MB up, to {target:g}", lambda run: _if(reached(run), lambda point: point.bytes_received / 1e6), 1),
+    )
+
+
+def _reached(outcome: Outcome, target: float) -> Point | None:
+    """The first version on the way that was so accurate."""
+    return next((point for point in outcome.curve if point.scores.accuracy >= target), None)
+
+
+def _if(point: Point | None, figure: Callable[[Point], float]) -> float | None:
+    return None if point is None else figure(point)
+
+
 NOTES = (
     "Mean over the seeds, in brackets the least and the greatest. Accuracy, macro-F1, loss and ECE (expected calibration error,"
     " 15 bins) are those of the last version on the pooled test examples, with the uncut fp32 model. Devices: each one's own"
@@ -87,7 +111,7 @@ NOTES = (
     " taken for the target's, with the trigger and without.",
     "MB are 10^6 bytes of frames: up and down at the federation server, to and from the edge for its devices. ms a text: the"
     " mean time of classifying one text, uncut and through device and edge in one process. Simulated s: until the last version,"
-    " with the devices side by side; s here: all of them computing in turn.",
+    " with the devices side by side; s here: all of them computing in turn. [1 of 3]: that many runs have the figure.",
 )
 
 
@@ -98,13 +122,18 @@ def columns(outcomes: Outcomes, all_columns: Sequence[Column]) -> list[Column]:
 
 
 def cell(column: Column, runs: Sequence[Outcome]) -> str:
-    """The mean over the runs that have this figure, with its spread over several if the column shows it; `-` for none."""
+    """The mean over the runs that have this figure, with its spread over several if the column shows it; `-` for none.
+
+    Where some have it and some have not, how many.
+    """
     values = [value for value in map(column.figure, runs) if value is not None]
     if not values:
         return "-"
     text = f"{statistics.mean(values):.{column.digits}f}"
     if column.spread and len(values) > 1:
         text += f" ({min(values):.{column.digits}f}-{max(values):.{column.digits}f})"
+    if len(values) < len(runs):
+        text += f" [{len(values)} of {len(runs)}]"
     return text
 
 
@@ -116,10 +145,10 @@ def rows(outcomes: Outcomes, shown: Sequence[Column]) -> list[list[str]]:
     ]
 
 
-def as_text(outcomes: Outcomes) -> list[Table]:
+def as_text(outcomes: Outcomes, target: float | None = None) -> list[Table]:
     """The tables for a screen."""
     found = []
-    for title, all_columns in (("how good", QUALITY), ("at what cost", COST)):
+    for title, all_columns in (("how good", QUALITY), ("at what cost", cost(target))):
         shown = columns(outcomes, all_columns)
         table = Table(title=title, title_justify="left", header_style="bold")
         for heading in ("", "seeds", *(column.title for column in shown)):
@@ -130,10 +159,10 @@ def as_text(outcomes: Outcomes) -> list[Table]:
     return found
 
 
-def as_markdown(outcomes: Outcomes) -> str:
+def as_markdown(outcomes: Outcomes, target: float | None = None) -> str:
     """The tables with what their columns mean, and one of each device's accuracy."""
     parts = []
-    for all_columns, note in zip((QUALITY, COST), NOTES, strict=True):
+    for all_columns, note in zip((QUALITY, cost(target)), NOTES, strict=True):
         shown = columns(outcomes, all_columns)
         parts.append(_markdown(["", "seeds", *(column.title for column in shown)], rows(outcomes, shown)))
         parts.append(note)
@@ -143,12 +172,12 @@ def as_markdown(outcomes: Outcomes) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(outcomes: Outcomes) -> list[dict[str, Any]]:
+def as_json(outcomes: Outcomes, target: float | None = None) -> list[dict[str, Any]]:
     """A row a variant: each column's mean, least and greatest, and the runs in full."""
     found = []
     for name, by_seed in outcomes.items():
         figures = {}
-        for column in (*QUALITY, *COST):
+        for column in (*QUALITY, *cost(target)):
             values = [value for value in map(column.figure, by_seed.values()) if value is not None]
             if values:
                 figures[column.name] = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}

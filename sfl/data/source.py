@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +23,25 @@ _BINARY = {
 }
 
 
-def read_text(path: Path) -> str:
-    """The whole file as text, without a byte order mark. Raises `DataError` unless it is a non-empty UTF-8 text file."""
-    if path.is_dir():
-        raise DataFileError(f"{path} is a directory: name a file with the examples")
+def require_file(path: Path) -> None:
+    """Raise `DataError` unless there is a file and it may be read; what it holds is not looked at."""
     try:
-        data = path.read_bytes()
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise DataFileError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise DataFileError(f"{path} cannot be read: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        raise DataFileError(f"{path} is a directory: name a file with the examples")
+    if not os.access(path, os.R_OK):
+        raise DataFileError(f"{path} cannot be read: {os.strerror(errno.EACCES)}")
+
+
+def read_text(path: Path) -> str:
+    """The whole file as text, without a byte order mark. Raises `DataError` unless it is a non-empty UTF-8 text file."""
+    require_file(path)
+    try:
+        data = path.read_bytes()
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}") from error
     if not data.strip():

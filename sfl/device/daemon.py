@@ -23,7 +23,7 @@ from sfl.model.seeds import dropout_seed
 from sfl.phases import phase
 from sfl.settings import DeviceSettings
 from sfl.state_file import Document
-from sfl.telemetry import log, peak_rss_mb
+from sfl.telemetry import counted, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.watching.watch import Watch
 from sfl.wire.federation import FederationClient
@@ -113,7 +113,8 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
                 federation.leave()
             checkpoints.clear()
             metrics.write("end", **training.totals(), peak_rss_mb=round(peak_rss_mb(), 1))
-            log.info("%s is done: %d steps, %d submissions", settings.name, training.steps, training.submissions)
+            steps = counted(training.steps, "step", "steps")
+            log.info("%s is done: %s, %s", settings.name, steps, counted(training.submissions, "submission", "submissions"))
 
 
 def kept_in(checkpoints: CheckpointFiles) -> Document:

@@ -46,6 +46,6 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
         asked = None if settings.cut == "auto" else settings.cut
         chosen = choose_cut_apart(model, PlanRequest.of(settings, lowest_cut), memory, asked)
         if chosen is not None:
-            log.info("cut %d: at most %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)
+            log.info("cut %d: about %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)
             update["cut"] = chosen.cut
     return settings.model_copy(update=update)

@@ -68,6 +68,7 @@ class PreparedDevice:
                 optimizer.learning_rate,
                 optimizer.weight_decay,
                 decay_steps=settings.steps if optimizer.schedule == "linear" else 0,
+                warmup_steps=optimizer.warmup_steps,
             ),
             fingerprint=model_fingerprint(model),
             splits=splits or load_splits(settings.data, settings.task),

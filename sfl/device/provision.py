@@ -17,6 +17,7 @@ from sfl.cache.edges import KnownEdges, Provided
 from sfl.cache.key import HalfKey
 from sfl.cache.lock import FileLock
 from sfl.cache.manifest import Gap, Manifest
+from sfl.data.source import require_file
 from sfl.device.fit import fitted
 from sfl.errors import DamagedModelError, EdgeMismatchError, ModelChangedError, UnreachableError, WaitedError, WireError
 from sfl.identity.own import node_of
@@ -40,11 +41,13 @@ def provided(settings: DeviceSettings) -> DeviceSettings:
     half in the cache, fetched as far as it was not there.
 
     Raises `SettingsError` where the settings contradict the edge's, for a cut it cannot have, a disk that is full or a half
-    above `cache_limit_mb`; `ModelError` when the edge server provides another model than before; `RefusedError` and
-    `UnreachableError` as the edge answers or does not, the latter after `give_up_s` seconds without a byte.
+    above `cache_limit_mb`; `DataError` for data that are not there; `ModelError` when the edge server provides another model
+    than before; `RefusedError` and `UnreachableError` as the edge answers or does not, the latter after `give_up_s` seconds
+    without a byte.
     """
     if settings.model is not None:
         return fitted(settings, settings.model)
+    require_file(settings.data.path)
     started = time.monotonic()
     cache = HalfCache(settings.cache or default_folder("device"), settings.cache_limit_mb)
     client = ProvisioningClient(settings.edge, settings.name, settings.wait_s, node_of(settings, "device"))

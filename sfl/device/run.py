@@ -219,8 +219,8 @@ class DeviceRun:
         return dropped
 
     def _tell_rule(self) -> None:
-        """The rule sees the version that was taken over, with its figures if it validates."""
-        self._rule.after_adoption(self._validate() if self._rule.validates else None)
+        """The rule sees the version that was taken over, with its figures if it wants them of this one."""
+        self._rule.after_adoption(self._validate() if self._rule.reference_due() else None)
         self._now.unseen = False
 
     def _submit(self, trigger: str) -> None:

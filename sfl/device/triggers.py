@@ -24,7 +24,6 @@ class UploadRule(Protocol):
     """Decides after each step whether the device uploads; a new one begins with each device."""
 
     waits: bool  # for the next version after an upload
-    validates: bool  # after some steps and after each adoption
     factor: float  # on the thresholds, from what uploads cost
 
     def sense(self, upload_s: float, step_s: float) -> None:
@@ -33,6 +32,9 @@ class UploadRule(Protocol):
     def validation_due(self) -> bool:
         """Whether the step that is now being done should end with a local validation."""
 
+    def reference_due(self) -> bool:
+        """Whether the version that has just been taken over should be validated; the first one among them."""
+
     def after_step(self, layer_norms: Mapping[int, float], figures: Figures | None) -> str | None:
         """Take a step's gradient norms by layer, and the validation if one was due; the trigger's name if one fired."""
 
@@ -40,7 +42,7 @@ class UploadRule(Protocol):
         """Progress counts from here."""
 
     def after_adoption(self, figures: Figures | None) -> None:
-        """A new global version was taken over; `figures` are those of its local validation, if the rule validates."""
+        """A new global version was taken over; `figures` are those of its local validation, if that was due."""
 
     def state(self) -> dict[str, Any]:
         """What it has learnt so far, JSON-serialisable."""
@@ -136,6 +138,8 @@ class TriggeredUploads:
     both distances, but one below 1 only `min_steps`: a good link is no reason to send what no trigger asks for.
     A local validation is due `validate_every` steps after the last one, however often was uploaded since, and no sooner than
     an upload is possible. With `validate_every` 0 nothing is validated and the performance trigger never fires.
+    theta_ref is the version that was adopted last of those that were validated: the first one, and each that comes
+    `reference_every` steps or more after the one before. To validate all would cost more than to train where versions come fast.
     """
 
     waits = False
@@ -143,25 +147,32 @@ class TriggeredUploads:
     def __init__(self, policy: Triggered) -> None:
         """Raises `WireError` for bounds of the factor that cannot be."""
         self.factor = 1.0
-        self.validates = policy.validate_every > 0
         self._gradient = GradientTrigger(policy.alpha, policy.beta)
         self._performance = PerformanceTrigger(policy.metric, policy.threshold, policy.threshold_growth, policy.threshold_decay)
         self._network = _checked(policy.network) if policy.HasField("network") else None
         self._min_steps = policy.min_steps
         self._max_steps = policy.max_steps
         self._validate_every = policy.validate_every
+        self._reference_every = policy.reference_every
         self._steps = 0  # since the last upload
         self._unseen = 0  # steps since the last validation that was due
+        self._referred: int | None = None  # steps since the reference was set
 
     def sense(self, upload_s: float, step_s: float) -> None:
         if self._network is not None:
             self.factor = threshold_factor(self._network, self._min_steps, upload_s, step_s)
 
     def validation_due(self) -> bool:
-        return self.validates and self._steps + 1 >= self._least() and self._unseen + 1 >= self._validate_every
+        validates = self._validate_every > 0
+        return validates and self._steps + 1 >= self._least() and self._unseen + 1 >= self._validate_every
+
+    def reference_due(self) -> bool:
+        return self._validate_every > 0 and (self._referred is None or self._referred >= self._reference_every)
 
     def after_step(self, layer_norms: Mapping[int, float], figures: Figures | None) -> str | None:
         self._steps += 1
+        if self._referred is not None:
+            self._referred += 1
         self._unseen = 0 if figures is not None else self._unseen + 1
         gradient = self._gradient.observe(layer_norms, self.factor)
         performance = figures is not None and self._performance.observe(figures, self.factor)
@@ -177,18 +188,21 @@ class TriggeredUploads:
     def after_adoption(self, figures: Figures | None) -> None:
         if figures is not None:
             self._performance.refer_to(figures)
+            self._referred = 0
 
     def state(self) -> dict[str, Any]:
         return {
             "factor": self.factor,
             "steps": self._steps,
             "unseen": self._unseen,
+            "referred": self._referred,
             "gradient": self._gradient.state(),
             "performance": self._performance.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.factor, self._steps, self._unseen = state["factor"], state["steps"], state["unseen"]
+        self._referred = state["referred"]
         self._gradient.restore(state["gradient"])
         self._performance.restore(state["performance"])
 
@@ -201,7 +215,6 @@ class PeriodicUploads:
     """Synchronous rounds: upload every `local_steps` steps and wait for the next version."""
 
     waits = True
-    validates = False
     factor = 1.0
 
     def __init__(self, policy: Periodic) -> None:
@@ -212,6 +225,9 @@ class PeriodicUploads:
         """Rounds come when they come."""
 
     def validation_due(self) -> bool:
+        return False
+
+    def reference_due(self) -> bool:
         return False
 
     def after_step(self, layer_norms: Mapping[int, float], figures: Figures | None) -> str | None:

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState
+from sfl.adapters.state import AdapterKey, AdapterState, trained_part
 from sfl.errors import AdapterError, SettingsError, UpdateError
 from sfl.fed_server.merges import make_merge
 from sfl.fed_server.privacy import Privacy
 from sfl.fed_server.robust import Combining, Screening, make_robust, required
 from sfl.fed_server.strategies import Memory, make_strategy
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 from sfl.settings import FedSettings
 from sfl.v1 import federation_pb2 as pb
 
@@ -84,14 +84,7 @@ class Aggregation:
 
     def trained(self, state: AdapterState, rank: int) -> AdapterState:
         """The tensors that an update of this rank has, of the right shapes; their values mean nothing."""
-        left_out = {FROZEN_A, FROZEN_B, *self.merge.frozen_parts}
-        parts: AdapterState = {}
-        for key, value in state.items():
-            if key.layer == HEAD:
-                parts[key] = value
-            elif key.part not in left_out:
-                parts[key] = value[:rank] if key.part == "A" else value[:, :rank]
-        return parts
+        return {key: state[key][trained_part(key, rank)] for key in self.merge.trained(state)}
 
     def aggregate(self, state: AdapterState, updates: Sequence[Update], population: int) -> Aggregated:
         """The next version from `state`, the newest. The same, to the bit, in whatever order the updates are given.
@@ -113,7 +106,7 @@ class Aggregation:
                     return dataclasses.replace(done, rejected=done.rejected | unusable)
 
     def _aggregated(self, state: AdapterState, updates: Sequence[Update], population: int) -> Aggregated:
-        counted = sorted(updates, key=lambda update: update.device)
+        counted = by_device(updates)
         notes: dict[str, Any] = {}
         admitted = self._privacy.admit(counted)
         counted, rejected = admitted.updates, admitted.refused
@@ -153,7 +146,7 @@ class Aggregation:
         largest = max(updates, key=lambda update: update.rank)
 
         def read(keys: Collection[AdapterKey] | None) -> AdapterState:
-            return {key: value.copy() for key, value in delta.items() if keys is None or key in keys}
+            return {key: value for key, value in delta.items() if keys is None or key in keys}
 
         name = f"{rule.name} of {len(updates)}"
         return dataclasses.replace(largest, device=name, read=read, base=lambda: self.merge.view(state, largest.rank))

@@ -78,7 +78,9 @@ class Federation:
         self._store = store
         self._metrics = metrics
         newest = store.newest()
-        remembered = None if newest is None else server_state.load(store, newest, make_strategy(settings.strategy))
+        remembered = None
+        if newest is not None:
+            remembered = server_state.load(store, newest, make_strategy(settings.strategy), settings.privacy.on)
         self._aggregation = Aggregation(settings, remembered)
         self._strategy = self._aggregation.strategy
         self._ledger = Ledger(out)

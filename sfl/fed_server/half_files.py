@@ -50,12 +50,12 @@ class HalfFile:
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
         """Its tensors, or those of them that `keys` names.
 
-        They are mapped: what is not looked at is not read, what is changed is changed in memory alone, and the file may be
-        deleted while they are in use. Raises `AdapterError` when the file is missing or damaged.
+        They are mapped, for reading only: what is not looked at is not read, and the file may be deleted while they are in use.
+        Raises `AdapterError` when the file is missing or damaged.
         """
         try:
             with self.path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = _places(mapped) if self._places is None else self._places
             if keys is not None:
                 self._places = found

@@ -13,6 +13,8 @@ from sfl.telemetry import log
 
 Role = Literal["device", "edge"]
 
+MOST_EXAMPLES = 10**12  # that are believed
+
 
 @dataclass(frozen=True)
 class Member:
@@ -200,6 +202,8 @@ class Roster:
         self._check_rank(member)
         if member.examples < 1:
             raise RefusedError(f"{member.describe()} cannot join: it has no training examples")
+        if member.examples > MOST_EXAMPLES:
+            raise RefusedError(f"{member.describe()} cannot join: no device has {member.examples} training examples")
         prompts = self._prompts()
         if prompts is not None:
             prompts.require(member)

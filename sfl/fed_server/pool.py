@@ -67,8 +67,7 @@ class Pooled:
         for submission in self.submissions[1:]:
             more = submission.read(keys)
             require_same_keys(more, result)
-            for key, value in result.items():
-                value += more[key]
+            result = {key: value + more[key] for key, value in result.items()}
         return result
 
 

@@ -37,9 +37,8 @@ import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.errors import AdapterError, SettingsError
-from sfl.fed_server.merges.base import by_device
 from sfl.fed_server.robust.norms import norm, scaled
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 from sfl.federation_settings import PrivacySettings
 from sfl.telemetry import log
 
@@ -56,8 +55,8 @@ class Admitted:
 class Privacy:
     """Clips, adds noise and keeps each device's account. Raises `SettingsError` where dp-accounting is needed and missing.
 
-    Where both are off, too, updates stay as they are and the account is kept. `spent` is sum 1 / sigma_k^2 by device, infinite
-    once a version without noise holds an update of it; give it back what was kept of an earlier run.
+    Where both are off, updates stay as they are and no account is kept. `spent` is sum 1 / sigma_k^2 by device, infinite once
+    a version without noise holds an update of it; give it back what was kept of an earlier run.
     """
 
     def __init__(self, settings: PrivacySettings, spent: Mapping[str, float] | None = None) -> None:
@@ -113,7 +112,12 @@ class Privacy:
         return result
 
     def after(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The accounts once a version with these weights is published: 1 / sigma_k^2 = (w_k / (z max w))^2 more each."""
+        """The accounts once a version with these weights is published: 1 / sigma_k^2 = (w_k / (z max w))^2 more each.
+
+        Empty where privacy is off.
+        """
+        if not self._settings.on:
+            return {}
         deviation = self._settings.noise * max(weights.values(), default=0.0)
         spent = dict(self.spent)
         for device, weight in sorted(weights.items()):

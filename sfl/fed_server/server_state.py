@@ -1,8 +1,9 @@
 """What the federation server remembers with a version, in files beside the adapter, so that one started anew goes on from it.
 
-`server_state.safetensors` holds the server optimiser's moments, each tensor under STRATEGY/MOMENT/KEY, and `privacy.json` what
-each device has spent of its privacy, "inf" once a version without noise holds an update of it. Either is there only where
-there is something in it.
+`devices.json` holds the weights of the devices whose updates made the version. `server_state.safetensors` holds the server
+optimiser's moments, each tensor under STRATEGY/MOMENT/KEY; it is there only with such an optimiser. `privacy.json` holds what
+each device has spent of its privacy, "inf" once a version without noise holds an update of it; it is there only where updates
+are clipped. A version without it promised nothing: the devices in it have spent all that there is.
 """
 
 from __future__ import annotations
@@ -16,32 +17,33 @@ from safetensors.numpy import save as save_tensors
 
 from sfl.adapters.state import AdapterKey
 from sfl.errors import AdapterError
-from sfl.fed_server.aggregation import Remembered
+from sfl.fed_server.aggregation import Aggregated, Remembered
 from sfl.fed_server.strategies import Memory, Strategy
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.telemetry import log
 
-MOMENTS, SPENT = "server_state.safetensors", "privacy.json"
+DEVICES, MOMENTS, SPENT = "devices.json", "server_state.safetensors", "privacy.json"
 
 
-def files(remembered: Remembered, strategy: str) -> dict[str, bytes]:
-    """The files with what is remembered, by name."""
-    found: dict[str, bytes] = {}
-    if remembered.moments:
-        moments = remembered.moments.items()
+def files(done: Aggregated, strategy: str) -> dict[str, bytes]:
+    """The files with what is to be remembered of `done`, by name."""
+    found = {DEVICES: json.dumps(done.weights).encode()}
+    if done.remembered.moments:
+        moments = done.remembered.moments.items()
         found[MOMENTS] = save_tensors(
             {f"{strategy}/{name}/{key}": value for name, state in moments for key, value in state.items()}
         )
-    if remembered.spent:
-        spent = {device: value if math.isfinite(value) else str(value) for device, value in remembered.spent.items()}
+    if done.remembered.spent:
+        spent = {device: value if math.isfinite(value) else str(value) for device, value in done.remembered.spent.items()}
         found[SPENT] = json.dumps(spent).encode()  # JSON has no infinity
     return found
 
 
-def load(store: VersionStore, newest: Version, strategy: Strategy) -> Remembered:
-    """What was remembered with `newest`; of moments only those of `strategy`.
+def load(store: VersionStore, newest: Version, strategy: Strategy, private: bool) -> Remembered:
+    """What was remembered up to `newest`; of moments only those of `strategy`, and what was spent only if it is `private` now.
 
-    Raises `AdapterError` when a file is damaged, or its moments are not of that version's tensors.
+    Raises `AdapterError` when a file is damaged or one that is needed is missing, or its moments are not of that version's
+    tensors.
     """
     moments = _load_moments(store, newest.number, strategy.settings.name)
     try:
@@ -50,20 +52,37 @@ def load(store: VersionStore, newest: Version, strategy: Strategy) -> Remembered
         raise AdapterError(
             f"{MOMENTS} of version {newest.number} does not belong to it: {error}; delete that file to begin without moments"
         ) from error
-    return Remembered(moments, _load_spent(store, newest.number))
+    return Remembered(moments, _spent(store, newest.number) if private else {})
 
 
-def _load_spent(store: VersionStore, version: int) -> dict[str, float]:
-    content = store.extra(version, SPENT)
+def _spent(store: VersionStore, newest: int) -> dict[str, float]:
+    """The last account that was kept, infinite for the devices in later versions, which had no privacy."""
+    since: dict[str, float] = {}
+    for version in range(newest, 0, -1):
+        if (kept := _figures(store, version, SPENT)) is not None:
+            return kept | since
+        weights = _figures(store, version, DEVICES)
+        if weights is None:
+            raise AdapterError(
+                f"version {version} in {store.folder} has no {DEVICES}, so it is not known whose updates it holds and what they"
+                " have spent of their privacy: choose another folder with `adapters`"
+            )
+        since |= {device: math.inf for device, weight in weights.items() if weight > 0}
+    return since
+
+
+def _figures(store: VersionStore, version: int, name: str) -> dict[str, float] | None:
+    """The number of each device in a file of a version; None where there is no such file."""
+    content = store.extra(version, name)
     if content is None:
-        return {}
+        return None
     try:
-        spent = {str(device): float(value) for device, value in json.loads(content).items()}
+        figures = {str(device): float(value) for device, value in json.loads(content).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{SPENT} of version {version} is damaged: {error}") from error
-    if any(math.isnan(value) or value < 0 for value in spent.values()):
-        raise AdapterError(f"{SPENT} of version {version} is damaged: nothing can have been spent that is less than 0")
-    return spent
+        raise AdapterError(f"{name} of version {version} is damaged: {error}") from error
+    if any(math.isnan(value) or value < 0 for value in figures.values()):
+        raise AdapterError(f"{name} of version {version} is damaged: no number in it can be less than 0")
+    return figures
 
 
 def _load_moments(store: VersionStore, version: int, strategy: str) -> Memory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from sfl.adapters.state import AdapterKey, AdapterState
@@ -35,8 +35,8 @@ class Update:
     def delta(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
         """delta theta_k, the sum of its submissions, float32; of the tensors named by `keys` alone, those that it has.
 
-        A fresh dict of arrays that the caller may change. Parts that are not trained are absent: frozen factors, and A under
-        FFA. Raises `UpdateError` when the pool's files cannot be read.
+        Nobody may change the arrays: they are the pool's own, mapped from its files. Parts that are not trained are absent:
+        frozen factors, and A under FFA. Raises `UpdateError` when the pool's files cannot be read.
         """
         try:
             return self.read(keys)
@@ -51,3 +51,8 @@ class Update:
             return whole if keys is None else {key: whole[key] for key in keys if key in whole}
 
         return dataclasses.replace(self, read=read)
+
+
+def by_device(updates: Iterable[Update]) -> list[Update]:
+    """Sorted by the devices' names, so that sums do not depend on who came first."""
+    return sorted(updates, key=lambda update: update.device)

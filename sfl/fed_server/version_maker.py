@@ -20,7 +20,7 @@ from sfl.fed_server.strategies import Standing
 from sfl.fed_server.updates import Update
 from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
-from sfl.telemetry import MetricsWriter, log
+from sfl.telemetry import MetricsWriter, counted, log
 
 _VIEWS_KEPT = 4  # of old versions, while an aggregation looks at what its updates stem from
 
@@ -118,7 +118,7 @@ class VersionMaker:
         return waits
 
     def make(self) -> bool:
-        """Make a version of the pool. One is published even when no update could be used: devices may be waiting for it.
+        """Make a version of the pool. When no update could be used, one is published if the strategy has devices wait for it.
 
         False when it cannot be written, because the disk is full, say; the pool stays then, for the next time.
         """
@@ -136,8 +136,14 @@ class VersionMaker:
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
             done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
+        if not done.weights and not self._aggregation.strategy.waits:
+            for submission in (each for pooled in taken for each in pooled.submissions):
+                self._ledger.dropped(submission, _reason(submission, done))
+            self._pool.remove(taken)
+            self._tell_refused(newest.number + 1, done)
+            return True
         try:
-            extras = server_state.files(done.remembered, self._settings.strategy.name)
+            extras = server_state.files(done, self._settings.strategy.name)
             held = self._contents(taken, done)
             self._store.publish(newest.number + 1, done.state, newest.layout, {**extras, **held.files()})
         except AdapterWriteError as error:
@@ -184,28 +190,37 @@ class VersionMaker:
             about = submission.submission, submission.version, submission.trained_on, submission.steps
             if submission.device in done.weights:
                 return Entry(submission.device, *about, weight=float(done.weights[submission.device]))
-            return Entry(submission.device, *about, refused=done.rejected.get(submission.device, "it was not used"))
+            return Entry(submission.device, *about, refused=_reason(submission, done))
 
         return Contents(self._federation, tuple(entry(submission) for pooled in taken for submission in pooled.submissions))
 
-    def _tell(self, version: int, updates: list[Update], done: Aggregated, wall_s: float) -> None:
+    def _tell_refused(self, version: int, done: Aggregated) -> None:
         for device, reason in done.rejected.items():
             log.warning("the update of device '%s' is not in version %d: %s", device, version, reason)
             self._refuse(device, None, reason)
-        counted = [update for update in updates if update.device in done.weights]
-        submissions = sum(update.pooled for update in counted)
+
+    def _tell(self, version: int, updates: list[Update], done: Aggregated, wall_s: float) -> None:
+        self._tell_refused(version, done)
+        used = [update for update in updates if update.device in done.weights]
+        submissions = sum(update.pooled for update in used)
         epsilons = self._aggregation.epsilons()
         self._metrics.write(
             "aggregate",
             version=version,
             devices=done.weights,
-            lags={update.device: update.lag for update in counted},
+            lags={update.device: update.lag for update in used},
             submissions=submissions,
-            steps={update.device: update.steps for update in counted},
-            trained_on={update.device: update.trained_on for update in counted},
+            steps={update.device: update.steps for update in used},
+            trained_on={update.device: update.trained_on for update in used},
             wall_s=round(wall_s, 4),
             **done.notes,
             **({"epsilon": epsilons} if epsilons else {}),
         )
-        devices = ", ".join(sorted(update.device for update in counted))
-        log.info("version %d from %d submissions of %s", version, submissions, devices or "no device, unchanged")
+        devices = ", ".join(sorted(update.device for update in used))
+        made_from = counted(submissions, "submission", "submissions")
+        log.info("version %d from %s of %s", version, made_from, devices or "no device, unchanged")
+
+
+def _reason(submission: Submission, done: Aggregated) -> str:
+    """Why a submission has no part in a version."""
+    return done.rejected.get(submission.device, "it was not used")

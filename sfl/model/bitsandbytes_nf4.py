@@ -5,7 +5,6 @@ Raises `ModelError` where it is not installed or cannot be imported.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -15,9 +14,6 @@ from sfl.errors import PrecisionError
 
 
 def _import() -> Any:
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of optional kernels that are not needed here
     try:
         import bitsandbytes.functional
 
@@ -26,8 +22,6 @@ def _import() -> Any:
         raise PrecisionError(
             f"nf4 needs bitsandbytes, which cannot be imported ({error}): pip install 'sfl[quant]', or take precision = int8"
         ) from error
-    finally:
-        logger.setLevel(level)
     return bitsandbytes.functional
 
 

@@ -108,6 +108,10 @@ def require_model(name_or_dir: str | Path) -> str:
         return str(path)
     if path.exists() or isinstance(name_or_dir, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFoundError(f"there is no model directory '{name}'")
+    if "/" in name and path.parent.is_dir():  # or the hub is asked for it, for half a minute where it is out of reach
+        raise ModelNotFoundError(
+            f"there is no model directory '{name}', and it is no hub id, as there is a folder '{path.parent}' here"
+        )
     return name
 
 

@@ -97,7 +97,7 @@ def require_fits(
             f"{_ways_out(config, request, chosen, memory_mb, calibration)}"
         )
     if fit(chosen, memory_mb) != "yes":
-        log.warning("cut %d is planned to take %.0f MB at most, %.0f MB are free", cut, chosen.device_mb, memory_mb)
+        log.warning("cut %d is planned to take about %.0f MB, %.0f MB are free", cut, chosen.device_mb, memory_mb)
     return chosen
 
 

@@ -135,7 +135,7 @@ class Periodic(_message.Message):
     def __init__(self, local_steps: _Optional[int] = ..., round_timeout_s: _Optional[float] = ...) -> None: ...
 
 class Triggered(_message.Message):
-    __slots__ = ("alpha", "beta", "min_steps", "validate_every", "threshold", "threshold_growth", "threshold_decay", "metric", "max_steps", "network")
+    __slots__ = ("alpha", "beta", "min_steps", "validate_every", "threshold", "threshold_growth", "threshold_decay", "metric", "max_steps", "network", "reference_every")
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     BETA_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class Triggered(_message.Message):
     METRIC_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_EVERY_FIELD_NUMBER: _ClassVar[int]
     alpha: float
     beta: float
     min_steps: int
@@ -156,7 +157,8 @@ class Triggered(_message.Message):
     metric: str
     max_steps: int
     network: NetworkSense
-    def __init__(self, alpha: _Optional[float] = ..., beta: _Optional[float] = ..., min_steps: _Optional[int] = ..., validate_every: _Optional[int] = ..., threshold: _Optional[float] = ..., threshold_growth: _Optional[float] = ..., threshold_decay: _Optional[float] = ..., metric: _Optional[str] = ..., max_steps: _Optional[int] = ..., network: _Optional[_Union[NetworkSense, _Mapping]] = ...) -> None: ...
+    reference_every: int
+    def __init__(self, alpha: _Optional[float] = ..., beta: _Optional[float] = ..., min_steps: _Optional[int] = ..., validate_every: _Optional[int] = ..., threshold: _Optional[float] = ..., threshold_growth: _Optional[float] = ..., threshold_decay: _Optional[float] = ..., metric: _Optional[str] = ..., max_steps: _Optional[int] = ..., network: _Optional[_Union[NetworkSense, _Mapping]] = ..., reference_every: _Optional[int] = ...) -> None: ...
 
 class NetworkSense(_message.Message):
     __slots__ = ("budget", "lowest", "highest")

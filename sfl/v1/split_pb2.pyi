@@ -66,16 +66,18 @@ class Lora(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Optimizer(_message.Message):
-    __slots__ = ("name", "learning_rate", "weight_decay", "decay_steps")
+    __slots__ = ("name", "learning_rate", "weight_decay", "decay_steps", "warmup_steps")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     DECAY_STEPS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     learning_rate: float
     weight_decay: float
     decay_steps: int
-    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., decay_steps: _Optional[int] = ...) -> None: ...
+    warmup_steps: int
+    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., decay_steps: _Optional[int] = ..., warmup_steps: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("session", "device", "task", "cut", "version", "model_fingerprint", "lora", "optimizer", "seed", "dtype", "rank", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "standing")

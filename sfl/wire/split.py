@@ -23,17 +23,24 @@ from sfl.wire.torch_tensors import WIRE_DTYPE, from_torch, to_torch
 class OptimizerSpec:
     """The optimiser of both halves of a device's adapter: equal settings make split training equal to unsplit.
 
-    Step t, counted from 1, has the learning rate `learning_rate * (1 - (t - 1) / decay_steps)`, or for 0 always the same.
+    With w `warmup_steps`, the learning rate of step t, counted from 1, is `learning_rate` times t / (w + 1) up to t = w, and
+    from there on 1 - (t - 1 - w) / (decay_steps - w), or 1 where `decay_steps` is 0.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     decay_steps: int = 0
+    warmup_steps: int = 0
 
     def rate(self, step: int) -> float:
         """The learning rate of step number `step`."""
-        return self.learning_rate * max(0.0, 1 - (step - 1) / self.decay_steps) if self.decay_steps else self.learning_rate
+        warmup = self.warmup_steps
+        if step <= warmup:
+            return self.learning_rate * (step / (warmup + 1))
+        if not self.decay_steps:
+            return self.learning_rate
+        return self.learning_rate * max(0.0, 1 - (step - 1 - warmup) / (self.decay_steps - warmup))
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,7 @@ def open_to_wire(request: SessionRequest, standing: Standing | None = None) -> p
             learning_rate=optimizer.learning_rate,
             weight_decay=optimizer.weight_decay,
             decay_steps=optimizer.decay_steps,
+            warmup_steps=optimizer.warmup_steps,
         ),
         seed=request.seed,
         dtype=request.dtype,
@@ -206,6 +214,11 @@ def open_from_wire(message: pb.Open) -> SessionRequest:
         value: float = getattr(message.optimizer, what)
         if not 0 <= value < math.inf:
             raise WireError(f"the optimizer's {what} is {value}: it must be a number, 0 or above")
+    if 0 < message.optimizer.decay_steps <= message.optimizer.warmup_steps:
+        raise WireError(
+            f"the optimizer's warmup_steps are {message.optimizer.warmup_steps}: they must be fewer than its decay_steps,"
+            f" {message.optimizer.decay_steps}"
+        )
     if message.dtype not in FORMATS:
         raise WireError(f"unknown dtype '{message.dtype}' of activations: {' and '.join(FORMATS)} are known")
     return SessionRequest(
@@ -221,6 +234,7 @@ def open_from_wire(message: pb.Open) -> SessionRequest:
             message.optimizer.learning_rate,
             message.optimizer.weight_decay,
             message.optimizer.decay_steps,
+            message.optimizer.warmup_steps,
         ),
         seed=message.seed,
         dtype=message.dtype,

@@ -194,7 +194,8 @@ def test_what_is_printed_holds_the_strategys_own_defaults(name: str, tmp_path: P
     settings = load(FedSettings, None, ["--devices=3", "--strategy.name", name], environment={})
     printed = as_toml(settings)
     for field, value in settings.strategy:
-        assert value is not None and f"\n{field} = " in printed
+        assert (value is None) == (field == "max_steps" and name != "gsfs-printed"), "that follows min_steps"
+        assert (f"\n{field} = " in printed) == (value is not None)
     file = tmp_path / "fed.toml"
     file.write_text(printed)
     assert load(FedSettings, file, environment={}) == settings
@@ -204,7 +205,8 @@ def test_help_shows_each_strategys_own_defaults(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         load(FedSettings, None, ["--help"], environment={})
     shown = " ".join(capsys.readouterr().out.split())
-    assert "uploads of a device (gsfs); by default 1 with gsfs-printed (default: 10)" in shown
+    assert "uploads of a device (gsfs); by default 1 with gsfs-printed (default: 8)" in shown
+    assert "left out: twice min_steps; 0: no bound (gsfs); by default 0 with gsfs-printed" in shown
     assert "by default frequency with gsfs-printed; examples with fedavg, fedprox," in shown
     assert "a new version is adopted; by default no with gsfs-printed, fedavg, fedprox," in shown
 
@@ -223,6 +225,23 @@ def test_what_is_printed_can_be_read_again(config: Path, tmp_path: Path) -> None
     again = tmp_path / "again.toml"
     again.write_text(as_toml(settings), encoding="utf-8")
     assert load(DeviceSettings, again, environment={}) == settings
+
+
+def test_what_a_device_leaves_to_its_edge_is_not_printed() -> None:
+    given = ["--name", "camera", "--data.path", "flows.log"]
+    printed = as_toml(load(DeviceSettings, None, given, environment={}))
+    assert "task" not in printed and "\nrank" not in printed
+    printed = as_toml(load(DeviceSettings, None, [*given, "--lora.rank", "4"], environment={}))
+    assert "rank = 4" in printed and "\nalpha" not in printed
+    printed = as_toml(load(DeviceSettings, None, [*given, "--model", "m"], environment={}))
+    assert "\ntask" in printed and "\nalpha" in printed
+
+
+def test_help_shows_that_a_cut_is_a_number_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(DeviceSettings, None, ["--help"], environment={})
+    shown = capsys.readouterr().out
+    assert "--cut {N,auto}" in shown and "--compute {fp32,bf16}" in shown
 
 
 def test_options_are_told_from_settings() -> None:

@@ -26,6 +26,7 @@ from sfl.model.families import family_of
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config, load_task_model, load_tokenizer
 from sfl.model.lora import initial_adapter, resolve_targets
+from tests.daemons.forked import Forked
 from tests.tiny import save_tiny_model
 
 LABELS = ("bad", "good", "odd")
@@ -131,6 +132,8 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path) -> None:
         evaluate(save_tiny_model(tmp_path / "other", "bert", seed=9), adapter, examples())
     with pytest.raises(AdapterError):
         evaluate(model, tmp_path / "nothing", examples())
+    with pytest.raises(AdapterError, match=r"there is no adapter folder .*nothing"):
+        peft_format.read_layout(tmp_path / "nothing")
 
 
 def test_examples_are_made_with_the_adapters_columns_and_split(tmp_path: Path, model: Path) -> None:
@@ -163,13 +166,15 @@ def test_the_command(tmp_path: Path, model: Path) -> None:
     adapter = write_adapter(tmp_path / "v0", model, "classification")
     path = tmp_path / "data.txt"
     path.write_text("".join(f"{example.text} {i};{example.label}\n" for i, example in enumerate(examples())))
-    command = [sys.executable, "-m", "sfl.cli.main", "eval", "--model", str(model), "--adapter", str(adapter), "--data"]
-    done = subprocess.run([*command, str(path), "--json"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    arguments = ["eval", "--model", str(model), "--adapter", str(adapter), "--data", str(path)]
+    command = [sys.executable, "-m", "sfl.cli.main", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "kernels" not in done.stderr, done.stderr
     printed = json.loads(done.stdout)
     expected = evaluate(model, adapter, examples_for(peft_format.read_layout(adapter), [DataSettings(path=path)]))
     assert printed["count"] == 50 and printed["accuracy"] == expected.accuracy and printed["loss"] == pytest.approx(expected.loss)
     path.write_text(path.read_text() + "a new thing;unheard\n")
-    refused = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=100)
-    assert refused.returncode == 2 and "unheard" in refused.stderr and "bad, good, odd" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    refused = Forked(arguments, tmp_path / "stdout", tmp_path / "stderr")
+    assert refused.wait(100) == 2
+    reason = (tmp_path / "stderr").read_text()
+    assert "unheard" in reason and "bad, good, odd" in reason and "Traceback" not in reason

@@ -94,3 +94,7 @@ def test_a_backdoor_has_its_trigger_and_its_target(division: Division) -> None:
 def test_attacks_that_cannot_be(division: Division, values: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         attackers(division, **values)
+
+
+def test_no_attackers_may_be_said_beside_an_attack(division: Division) -> None:
+    assert attackers(division, kind="sign-flip", devices=0).names == ()

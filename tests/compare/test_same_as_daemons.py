@@ -22,7 +22,7 @@ def test_adapters_and_bytes_are_those_of_daemons(tmp_path: Path) -> None:
     devices = several_devices(tmp_path, model, [1, 3], steps=8)
     edge = edge_settings("edge", devices[0])
     there = tmp_path / "daemons"
-    with Daemons(there) as daemons:
+    with Daemons(there, forked=True) as daemons:
         start_all(daemons, ROUNDS, [edge], devices)
         for device in devices:
             assert daemons[device.name].wait() == 0, daemons[device.name].log

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from sfl.compare.table import COST, QUALITY, as_json, as_markdown, as_text, cell, columns, rows
+from sfl.compare.outcome import Outcome, Point, Scores
+from sfl.compare.table import COST, QUALITY, as_json, as_markdown, as_text, cell, columns, cost, rows
 from tests.compare.made import outcome
 
 COLUMNS = {column.name: column for column in (*QUALITY, *COST)}
@@ -34,6 +36,21 @@ def test_a_cell_has_mean_and_spread() -> None:
     assert cell(COLUMNS["calibration_error"], runs) == "0.100"
     assert cell(COLUMNS["backdoor"], runs) == "-"
     assert cell(COLUMNS["submissions"], [outcome(submissions=3), outcome(submissions=6)]) == "4"
+
+
+def test_a_target_has_its_price() -> None:
+    def run(*accuracies: float) -> Outcome:
+        points = [Point(n, 10 * n, n * 10**6, 0, 2.0 * n, 0.0, Scores(each, 0.1, 1.0)) for n, each in enumerate(accuracies)]
+        return replace(outcome(), curve=tuple(points))
+
+    seconds, megabytes = (column for column in cost(0.5) if column not in COST)
+    assert (seconds.title, megabytes.title) == ("simulated s to 0.5", "MB up, to 0.5")
+    swinging, never = run(0.1, 0.4, 0.5, 0.3, 0.6), run(0.1, 0.4)
+    assert (seconds.figure(swinging), megabytes.figure(swinging)) == (4.0, 2.0)
+    assert cell(seconds, [swinging, never]) == "4 [1 of 2]" and cell(seconds, [never]) == "-"
+    outcomes = {"a": {0: swinging}, "b": {0: never}}
+    assert "simulated s to 0.5" in as_markdown(outcomes, 0.5) and "to 0.5" not in as_markdown(outcomes)
+    assert as_json(outcomes, 0.5)[0]["target_s"]["mean"] == 4.0
 
 
 def test_columns_that_no_run_has_are_left_out() -> None:

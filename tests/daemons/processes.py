@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +14,14 @@ from typing import Any, Literal
 
 import tomli_w
 
-from sfl.cli.main import main
 from sfl.settings import DaemonSettings
+from tests.daemons.environment import ENVIRONMENT
+from tests.daemons.forked import Forked
 from tests.metrics import events
 
 Role = Literal["fed", "edge", "device"]
 
 WAIT_S = 60.0  # for anything that a healthy daemon does; many times what it takes
-_KEPT = {name: value for name, value in os.environ.items() if not name.upper().startswith("SFL_")}
-ENVIRONMENT = {**_KEPT, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def sfl(*arguments: str) -> list[str]:
@@ -36,23 +34,14 @@ def plain(settings: DaemonSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude_none=True)
 
 
-def run_sfl(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
-    """The whole of `sfl ARGUMENTS` in this process, which is one of its own; ends it."""
-    for path, descriptor in ((stdout, 1), (stderr, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
-    os.environ.clear()
-    os.environ.update(ENVIRONMENT)
-    sys.argv = ["sfl", *arguments]
-    main()
-
-
 @dataclass
 class Daemon:
     """A daemon that was started. `out` holds its configuration, metrics and `log.txt` (stdout and stderr)."""
 
     name: str
     out: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
+    arguments: list[str]
 
     @property
     def log(self) -> str:
@@ -89,10 +78,14 @@ class Daemon:
 
 
 class Daemons:
-    """Starts daemons in folders below `folder`; leaving the `with` block kills those that still run."""
+    """Starts daemons in folders below `folder`; leaving the `with` block kills those that still run.
 
-    def __init__(self, folder: Path) -> None:
+    With `forked` they are processes that find torch imported: where it does not matter how a daemon starts, that is faster.
+    """
+
+    def __init__(self, folder: Path, forked: bool = False) -> None:
         self.folder = folder
+        self._forked = forked
         self.by_name: dict[str, Daemon] = {}
 
     def __getitem__(self, name: str) -> Daemon:
@@ -105,19 +98,27 @@ class Daemons:
         out.mkdir(parents=True)
         config = out / "config.toml"
         config.write_text(tomli_w.dumps({**values, "out": str(out)}), encoding="utf-8")
-        return self._run(out, sfl(role, "--config", str(config)))
+        return self._run(out, [role, "--config", str(config)])
 
     def again(self, name: str) -> Daemon:
         """Start one that has ended as it was started before; its log goes on."""
         ended = self.by_name[name]
         assert ended.process.poll() is not None, f"{name} still runs"
-        return self._run(ended.out, ended.process.args)  # type: ignore[arg-type]
+        return self._run(ended.out, ended.arguments)
 
-    def _run(self, out: Path, command: list[str]) -> Daemon:
-        with (out / "log.txt").open("ab") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-        daemon = self.by_name[out.name] = Daemon(out.name, out, process)
+    def _run(self, out: Path, arguments: list[str]) -> Daemon:
+        process = self._process(arguments, out / "log.txt")
+        daemon = self.by_name[out.name] = Daemon(out.name, out, process, arguments)
         return daemon
+
+    def _process(self, arguments: list[str], log: Path) -> subprocess.Popen[bytes] | Forked:
+        log.touch()
+        if self._forked:
+            return Forked(arguments, log, log)
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                sfl(*arguments), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            )
 
     def __enter__(self) -> Daemons:
         return self

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,16 +21,13 @@ import tomli_w
 
 from sfl.cluster.plan import free_addresses
 from sfl.settings import DeviceSettings, FedSettings
-from tests.daemons.processes import WAIT_S, Daemons, Role, plain, run_sfl
+from tests.daemons.forked import Forked
+from tests.daemons.processes import WAIT_S, Daemons, Role, plain
 from tests.daemons.runs import device_settings, edge_settings
 from tests.flows import write_texts
 from tests.tiny import save_tiny_model
 
 SOON_S = 20.0  # far below every waiting time that a case does not set
-
-# Each case is a process of its own, forked from one that has imported torch: an import for each would take minutes in all.
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["sfl.cli.main", "sfl.device.daemon", "sfl.edge_server.daemon", "tests.daemons.processes"])
 
 
 @dataclass(frozen=True)
@@ -162,12 +160,12 @@ def run(world: World, name: str) -> Ended:
     out.mkdir(parents=True)
     config, stdout, stderr = (out / file for file in ("config.toml", "stdout", "stderr"))
     config.write_text(tomli_w.dumps({**good, "name": name, **case.changes, "out": str(out)}), encoding="utf-8")
-    process = FORKED.Process(target=run_sfl, args=([case.role, "--config", str(config)], stdout, stderr), daemon=True)
     started = time.monotonic()
-    process.start()
-    process.join(WAIT_S)
+    process = Forked([case.role, "--config", str(config)], stdout, stderr)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(WAIT_S)
     process.kill()
-    return Ended(case, process.exitcode, stdout.read_text(), stderr.read_text(), time.monotonic() - started)
+    return Ended(case, process.returncode, stdout.read_text(), stderr.read_text(), time.monotonic() - started)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +174,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     model = save_tiny_model(folder / "model", "bert")
     fed, one_class, edge, absent = free_addresses(4)
     device = device_settings("device", model, write_texts(folder / "texts.txt", 60), federation=fed, edge=edge)
-    with Daemons(folder / "servers") as daemons, socket.create_server(("127.0.0.1", 0)) as server:
+    with Daemons(folder / "servers", forked=True) as daemons, socket.create_server(("127.0.0.1", 0)) as server:
         daemons.start("fed", FedSettings(name="fed", listen=fed, devices=1))
         daemons.start("fed", FedSettings(name="fed-one-class", listen=one_class, devices=2))
         daemons.start("edge", edge_settings("edge", device, listen=edge, federation=fed))

@@ -26,7 +26,7 @@ STEPS = 16
 CUTS = {"device-1": 1, "device-2": 2, "device-3": 3}
 EDGES = {"edge-a": ("device-1", "device-3"), "edge-b": ("device-2",)}
 # An upload at every gradient norm above its mean, so that a short run has several versions.
-EAGER = StrategySettings(name="gsfs", beta=0, min_steps=2, validate_every=6)
+EAGER = StrategySettings(name="gsfs", quorum=0.6, beta=0, min_steps=2, validate_every=6)
 
 
 @dataclass
@@ -104,7 +104,7 @@ def test_a_device_reports_its_steps_submissions_adoptions_and_evaluations(run: R
     begun = {steps[0]["version"]}  # which is the one it was given, or one that came before its first step
     assert adopted == sorted(set(adopted)) and set(adopted) - begun == {event["version"] for event in steps} - begun
     submitted = device.events("submit")
-    assert submitted and {event["trigger"] for event in submitted} <= {"gradient", "performance", "final"}
+    assert submitted and {event["trigger"] for event in submitted} <= {"gradient", "performance", "overdue", "final"}
     evaluated = device.events("eval")
     assert {event["split"] for event in evaluated} == {"validation", "test"} and evaluated[-1]["split"] == "test"
     assert 0 <= evaluated[-1]["accuracy"] <= 1 and 0 <= evaluated[-1]["f1_macro"] <= 1

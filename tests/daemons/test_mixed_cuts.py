@@ -24,7 +24,7 @@ def test_each_device_has_the_numbers_that_it_has_alone(tmp_path: Path) -> None:
     changes = [{}, {}, {}, {"precision": "bf16"}, {"micro_batch": 1, "checkpointing": True}]
     devices = tuple(device.model_copy(update=change) for device, change in zip(plain, changes))
     edge = edge_settings("edge", devices[0])
-    with Daemons(tmp_path / "together") as daemons:
+    with Daemons(tmp_path / "together", forked=True) as daemons:
         start_all(daemons, APART, [edge], devices, labels=LABELS)
         for device in devices:
             assert daemons[device.name].wait() == 0, daemons[device.name].log

@@ -21,7 +21,7 @@ STEPS = 20
 
 def run(folder: Path, device: DeviceSettings) -> dict[str, int]:
     """One round of FedAvg, so that the device's adapter is the published one; the daemons' exit codes."""
-    with Daemons(folder) as daemons:
+    with Daemons(folder, forked=True) as daemons:
         start_all(daemons, StrategySettings(name="fedavg", local_steps=STEPS), [edge_settings("edge", device)], [device])
         code = daemons["device-1"].wait()
         assert code == 0, daemons["device-1"].log

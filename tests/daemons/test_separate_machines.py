@@ -18,7 +18,8 @@ import pytest
 
 from sfl.adapters import peft_format
 from sfl.data.generate import PROFILES, generate_log
-from tests.daemons.processes import ENVIRONMENT, sfl
+from tests.daemons.environment import ENVIRONMENT
+from tests.daemons.processes import sfl
 from tests.metrics import events
 from tests.tiny import save_tiny_model
 

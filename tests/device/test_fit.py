@@ -11,6 +11,10 @@ from sfl.data.settings import DataSettings
 from sfl.device import fit
 from sfl.device.fit import fitted
 from sfl.errors import SettingsError
+from sfl.model.load import load_config
+from sfl.planning.apart import ChosenCut
+from sfl.planning.choice import choose_cut, require_fits
+from sfl.planning.request import PlanRequest
 from sfl.settings import DeviceSettings
 from sfl.state_file import write_state
 from tests.tiny import tiny_config
@@ -41,9 +45,22 @@ def test_where_memory_is_plenty_nothing_is_planned(
     assert (found.cut, found.tight_memory) == (3, tight)
 
 
+def plan_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the planner answer in this process; that one of its own answers alike is for its own tests."""
+
+    def chosen(model: str, request: PlanRequest, memory_mb: float, cut: int | None = None) -> ChosenCut:
+        config = load_config(model)
+        plan = choose_cut(config, request, memory_mb) if cut is None else require_fits(config, request, cut, memory_mb)
+        return ChosenCut(plan.cut, plan.device_mb)
+
+    monkeypatch.setattr(fit, "choose_cut_apart", chosen)
+
+
 @pytest.mark.parametrize(("cut", "lowest"), [("auto", 3), (2, 1)])
 def test_where_memory_is_short_the_cut_is_planned(model: str, monkeypatch: pytest.MonkeyPatch, cut: Any, lowest: int) -> None:
     memory(monkeypatch, 900.0)
+    if cut != "auto":
+        plan_here(monkeypatch)
     found = fitted(device(model, cut=cut), model, lowest)
     assert found.tight_memory is True
     assert found.cut == (3 if cut == "auto" else 2)  # of 4 blocks, an edge from cut 3 leaves one choice
@@ -60,6 +77,7 @@ def test_a_run_that_goes_on_keeps_its_cut(model: str, tmp_path: Path, monkeypatc
 
 def test_a_cut_that_does_not_fit_is_refused_with_the_plan(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(monkeypatch, 305.0)
+    plan_here(monkeypatch)
     large = device(model, cut=2, batch_size=512, max_length=64)
     with pytest.raises(SettingsError, match=r"cut 2 does not fit 305 MB: it needs \d+ MB \(process \d+, weights \d+"):
         fitted(large, model)

@@ -98,7 +98,6 @@ def test_uploads_are_min_steps_apart_and_validations_are_due_in_between() -> Non
     rule = triggered()
     rule.after_adoption(figures(1.0))
     assert not rule.waits
-    assert rule.validates
     seen = []
     for norm in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):  # from the second on, each fires
         due = rule.validation_due()
@@ -136,9 +135,21 @@ def test_uploads_do_not_put_off_the_next_look() -> None:
     assert looks == [5, 10, 15]
 
 
+@pytest.mark.parametrize(("every", "validated"), [(0, [0, 1, 2, 3, 4, 5, 6, 7]), (1, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 3, 6])])
+def test_a_reference_stays_for_some_steps_however_many_versions_are_adopted(every: int, validated: list[int]) -> None:
+    rule = triggered(reference_every=every)
+    seen = []
+    for step in range(8):  # a version before each
+        due = rule.reference_due()
+        seen += [step] * due
+        rule.after_adoption(figures(1.0) if due else None)
+        rule.after_step({0: 1.0}, None)
+    assert seen == validated
+
+
 def test_validate_every_0_means_never() -> None:
     rule = triggered(validate_every=0)
-    assert not rule.validates
+    assert not rule.reference_due()
     rule.after_adoption(None)
     found = []
     for norm in (1.0, 1.0, 1.0, 1.0, 5.0):
@@ -150,7 +161,7 @@ def test_validate_every_0_means_never() -> None:
 def test_rounds() -> None:
     rule = upload_rule(UploadPolicy(periodic=Periodic(local_steps=3)))
     assert rule.waits
-    assert not rule.validates
+    assert not rule.reference_due()
     found = []
     for _ in range(7):
         assert not rule.validation_due()

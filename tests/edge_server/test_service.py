@@ -209,12 +209,18 @@ def test_refusals_are_clear_and_at_once(changes: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    "optimizer", [("lion", 0.1, 0), ("sgd", -1, 0), ("adamw", float("nan"), 0), ("adamw", 0.1, float("inf"))]
+    "changes",
+    [
+        {"name": "lion"},
+        {"learning_rate": -1},
+        {"learning_rate": float("nan")},
+        {"weight_decay": float("inf")},
+        {"decay_steps": 3, "warmup_steps": 3},
+    ],
 )
-def test_optimizers_that_cannot_work(edge: ServedEdge, optimizer: tuple[str, float, float]) -> None:
-    name, rate, decay = optimizer
+def test_optimizers_that_cannot_work(edge: ServedEdge, changes: dict[str, Any]) -> None:
     message = open_to_wire(edge.halves.request())
-    message.optimizer.CopyFrom(split_pb2.Optimizer(name=name, learning_rate=rate, weight_decay=decay))
+    message.optimizer.CopyFrom(split_pb2.Optimizer(**{"name": "adamw", "learning_rate": 0.1, **changes}))
     with contextlib.closing(Stranger(edge)) as stranger, pytest.raises(grpc.RpcError) as error:
         stranger.say(DeviceMessage(open=message), opened=False)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT

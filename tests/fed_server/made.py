@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -124,3 +125,14 @@ def no_file_above(size: int) -> Iterator[None]:
 def same(left: AdapterState, right: AdapterState) -> bool:
     """Whether two adapters are equal to the bit."""
     return left.keys() == right.keys() and all(left[key].tobytes() == right[key].tobytes() for key in left)
+
+
+def told(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in the metrics."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == kind]
+
+
+def aggregations(folder: Path) -> list[dict[str, Any]]:
+    """What the metrics tell of the aggregations."""
+    return told(folder, "aggregate")

@@ -112,6 +112,13 @@ def test_without_noise_nothing_is_added_and_nothing_promised() -> None:
     assert privacy.epsilons() == {}
 
 
+def test_where_it_is_off_updates_stay_as_they_are_and_no_account_is_kept() -> None:
+    off, (large,) = private(clip=0.0), pool(make_merge("average"), state(1), [4], seed=1)
+    admitted = off.admit([large])
+    assert same(admitted.updates[0].delta(), large.delta()) and not admitted.clipped and not admitted.refused
+    assert off.after({"a": 1.0}) == {}
+
+
 @needs_accounting
 def test_a_seed_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sfl"):

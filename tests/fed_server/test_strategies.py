@@ -90,6 +90,12 @@ def test_staleness_takes_weight_from_an_update_and_gives_it_to_nobody() -> None:
 # When it is due
 
 
+def test_by_default_each_upload_to_gsfs_makes_a_version_and_as_printed_more_than_half_of_the_devices() -> None:
+    gsfs, printed = make_strategy(StrategySettings()), make_strategy(StrategySettings(name="gsfs-printed"))
+    assert gsfs.due(standing(1, 20)) and not gsfs.due(standing(1, 21))
+    assert printed.due(standing(12, 20)) and not printed.due(standing(11, 20))
+
+
 @pytest.mark.parametrize(
     ("quorum", "present", "needed"), [(0.6, 5, 3), (0.6, 7, 5), (0.7, 10, 7), (1.0, 3, 3), (0.1, 3, 1), (0.6, 1, 1)]
 )
@@ -140,11 +146,12 @@ def test_fedbuff_counts_submissions_whoever_they_come_from() -> None:
 def test_policies_carry_the_settings_and_each_strategys_defaults() -> None:
     gsfs = make_strategy(StrategySettings(beta=4.0)).policy()
     assert gsfs.keep_progress and gsfs.final_upload and gsfs.WhichOneof("rule") == "triggered"
-    assert (gsfs.triggered.beta, gsfs.triggered.min_steps, gsfs.triggered.threshold) == (4.0, 10, pytest.approx(0.1))
-    assert not gsfs.triggered.HasField("network") and not gsfs.HasField("feedback") and not gsfs.triggered.max_steps
+    assert (gsfs.triggered.beta, gsfs.triggered.threshold) == (4.0, pytest.approx(0.1))
+    assert (gsfs.triggered.min_steps, gsfs.triggered.max_steps) == (8, 16)
+    assert not gsfs.triggered.HasField("network") and not gsfs.HasField("feedback")
     printed = make_strategy(StrategySettings(name="gsfs-printed"))
     policy = printed.policy()
-    assert not policy.keep_progress and not policy.final_upload and not printed.final
+    assert not policy.keep_progress and not policy.final_upload and not printed.final and not policy.triggered.max_steps
     assert (policy.triggered.min_steps, policy.triggered.threshold_growth, policy.triggered.threshold_decay) == (1, 1.0, 1.0)
     rounds = make_strategy(StrategySettings(name="fedavg", local_steps=7)).policy()
     assert rounds.WhichOneof("rule") == "periodic" and rounds.periodic.local_steps == 7 and not rounds.proximal
@@ -160,8 +167,11 @@ def test_a_device_with_much_data_uploads_sooner_and_one_with_little_later() -> N
         triggered = make_strategy(settings).policy(size).triggered
         return triggered.min_steps, triggered.max_steps
 
-    assert [bounds(size) for size in (8.0, 1.0, 1 / 8, 1 / 27)] == [(3, 6), (12, 24), (48, 96), (108, 216)]
-    assert bounds(1e9) == (1, 1) and bounds(1 / 8, max_steps=0) == (48, 0)
+    assert [bounds(size) for size in (8.0, 1.0, 1 / 8)] == [(3, 6), (12, 24), (48, 96)]
+    assert bounds(1e-9) == (96, 192) and bounds(1e15) == (2, 3), "what a device claims is believed within bounds"
+    assert bounds(8.0, weights="equal") == (12, 24), "nothing follows from data that do not count"
+    assert bounds(1 / 8, max_steps=0) == (48, 0)
+    assert [bounds(size, max_steps=None) for size in (8.0, 1 / 8)] == [(3, 6), (48, 96)], "left out, it follows min_steps"
     assert [bounds(size, pace=0.0) for size in (8.0, 1 / 8)] == [(12, 24), (12, 24)]
     assert make_strategy(StrategySettings(name="gsfs-printed")).policy(1 / 8).triggered.min_steps == 1
 
@@ -293,3 +303,11 @@ def test_under_one_cut_splitlora_adds_the_edges_pieces_up() -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     head = next(key for key in a if key.layer == HEAD)
     assert prepared[0].delta([head]).keys() == {head}, "a part of it can be read by itself"
+
+
+def test_where_progress_cannot_be_kept_devices_adopt_after_an_upload_alone() -> None:
+    kept, lost, printed = (
+        make_strategy(StrategySettings(name=name, keep_progress=keep)).policy().adopt_after_upload
+        for name, keep in (("gsfs", True), ("gsfs", False), ("gsfs-printed", False))
+    )
+    assert (kept, lost, printed) == (False, True, False)

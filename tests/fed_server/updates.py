@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array, trained_part
 from sfl.fed_server.merges import Merge
-from sfl.fed_server.merges.base import trained_part
 from sfl.fed_server.updates import Update
 
 RANK = 4
@@ -45,10 +44,13 @@ def update(
     lag: int = 0,
     examples: int = 1,
 ) -> Update:
-    """An update that gives fresh copies of `delta`, as one that is read from files does."""
+    """An update that gives `delta` and lets nobody change it, as one that is read from files does."""
+    fixed = {key: value.copy() for key, value in delta.items()}
+    for value in fixed.values():
+        value.flags.writeable = False
 
     def read(keys: Collection[AdapterKey] | None) -> AdapterState:
-        return {key: value.copy() for key, value in delta.items() if keys is None or key in keys}
+        return {key: value for key, value in fixed.items() if keys is None or key in keys}
 
     return Update(
         device=device,

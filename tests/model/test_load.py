@@ -78,6 +78,10 @@ def test_no_model_there(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPa
     for name in (tmp_path / "nope", "./nope", "/nope"):
         with pytest.raises(ModelError, match=r"there is no model directory '.*nope'"):
             load_config(name)
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no model directory 'models/nope', .* as there is a folder 'models' here"):
+        load_config("models/nope")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config.json"):
         load_task_model(tmp_path / "empty", "classification", LABELS)

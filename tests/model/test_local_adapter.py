@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import FROZEN_A, FROZEN_B, AdapterKey, AdapterState, total
@@ -55,12 +55,16 @@ def same(left: AdapterState, right: AdapterState) -> bool:
 
 
 @pytest.mark.parametrize("decay_steps", [0, 7])
-def test_the_rate_is_that_of_torchs_own_schedule(decay_steps: int) -> None:
-    spec = OptimizerSpec("sgd", 0.3, 0.0, decay_steps)
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_the_rate_is_that_of_torchs_own_schedules(decay_steps: int, warmup_steps: int) -> None:
+    spec = OptimizerSpec("sgd", 0.3, 0.0, decay_steps, warmup_steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    schedule = LambdaLR(optimizer, lambda done: max(0.0, 1 - done / decay_steps) if decay_steps else 1.0)
+    rising = LinearLR(optimizer, 1 / (warmup_steps + 1), total_iters=warmup_steps)
+    left = decay_steps - warmup_steps
+    falling = LambdaLR(optimizer, lambda done: max(0.0, 1 - done / left) if decay_steps else 1.0)
+    schedule = SequentialLR(optimizer, [rising, falling], [warmup_steps]) if warmup_steps else falling
     for step in range(1, 10):
-        assert spec.rate(step) == optimizer.param_groups[0]["lr"]
+        assert spec.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
         schedule.step()
 

@@ -15,7 +15,8 @@ from sfl.cli.main import app
 from sfl.errors import SettingsError
 from sfl.profiling.result import Profile, read_profile
 from sfl.settings import StrategySettings
-from tests.daemons.processes import ENVIRONMENT, Daemons, sfl
+from tests.daemons.environment import ENVIRONMENT
+from tests.daemons.processes import Daemons, sfl
 from tests.daemons.runs import device_settings, edge_settings, start_all
 from tests.flows import write_texts
 from tests.metrics import events

@@ -108,7 +108,7 @@ class Device:
     """A device that is started again and again, with one cache."""
 
     def __init__(self, folder: Path, address: str, **changes: Any) -> None:
-        common: dict[str, Any] = {"name": "d", "edge": address, "cut": 2, "precision": "int8", "data": {"path": "none"}}
+        common: dict[str, Any] = {"name": "d", "edge": address, "cut": 2, "precision": "int8", "data": {"path": __file__}}
         self.settings = DeviceSettings.model_validate(
             {"wait_s": 5, "give_up_s": 5, "cache": folder / "cache", "out": folder / "out", **common, **changes}
         )

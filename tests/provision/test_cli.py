@@ -15,7 +15,7 @@ from sfl.cache.lock import FileLock
 from sfl.cache.manifest import Manifest
 from sfl.cli.cache import app
 from sfl.errors import SettingsError
-from tests.provision.made import OTHER, OTHER_SOURCE, SOURCE, write_half
+from tests.provision.made import FINGERPRINT, OTHER, OTHER_SOURCE, SOURCE, write_half
 
 KEYS = (HalfKey(SOURCE, 1, "int8"), HalfKey(SOURCE, 2, "fp32"), HalfKey(OTHER_SOURCE, 1, "nf4"))
 
@@ -79,6 +79,16 @@ def test_everything_is_cleared_but_what_is_in_use(cache: HalfCache) -> None:
     assert KnownEdges(cache.folder).all() == {}
 
 
+def test_the_edge_of_what_stays_is_not_forgotten(cache: HalfCache) -> None:
+    KnownEdges(cache.folder).remember("three:3", Provided("models/first", FINGERPRINT, SOURCE))
+    with used(cache, KEYS[2]):
+        said = run("clear", "--all")
+        assert f"{cache.folder}: {KEYS[2]} is in use and stays\n" in said and "cleared 2 halves" in said
+    assert KnownEdges(cache.folder).all().keys() == {"one:1", "two:2"}
+    run("clear", "--edge", "one:1")
+    assert run("clear", "--edge", "two:2").startswith("cleared 1 half,")
+
+
 def test_what_a_running_edge_provides_stays(cache: HalfCache) -> None:
     with cache.provide(SOURCE), cache.provide(SOURCE):
         assert {row["source"]: row["state"] for row in json.loads(run("list", "--json"))}[SOURCE] == "complete, in use"
@@ -92,7 +102,7 @@ def test_the_model_of_an_edge_goes_with_the_last_edge_that_provided_it(cache: Ha
     assert run("clear", "--edge", "three:3").startswith("cleared 0 halves")
     assert run("clear", "--edge", "one:1").startswith("cleared 0 halves")
     assert KnownEdges(cache.folder).all().keys() == {"two:2"} and kept(cache) == set(KEYS)
-    assert run("clear", "--edge", "two:2").startswith("cleared 1 halves")
+    assert run("clear", "--edge", "two:2").startswith("cleared 1 half,")
     assert kept(cache) == set(KEYS[:2])
 
 

@@ -23,7 +23,7 @@ from sfl.cache.manifest import BLOCK_BYTES
 from sfl.device import provision
 from sfl.device.provision import provided
 from sfl.edge_server.provisioning import ProvisioningService
-from sfl.errors import ModelError, RefusedError, SettingsError, SflError, UnreachableError, WireError
+from sfl.errors import DataError, ModelError, RefusedError, SettingsError, SflError, UnreachableError, WireError
 from sfl.v1 import provision_pb2 as pb
 from sfl.wire.channel import serve
 from tests.provision.made import (
@@ -233,7 +233,7 @@ def test_another_model_at_the_next_start_is_an_error_until_it_is_cleared(tmp_pat
             tmp_path / "cache",
         ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        assert done.stdout == "cleared 1 halves, 5.5 MB\n"
+        assert done.stdout == "cleared 1 half, 5.5 MB\n"
         assert OTHER_SOURCE in str(device.start().model)
 
 
@@ -289,6 +289,7 @@ def test_another_model_in_the_middle_of_a_fetch_is_refused(tmp_path: Path) -> No
         ({"cut": 4}, SettingsError, "its model has 4 blocks and it serves cuts from 1 to 3"),
         ({"precision": "nf4"}, SettingsError, "cannot provide nf4: choose fp32, bf16, int8, or install bitsandbytes there"),
         ({"cache_limit_mb": 5}, SettingsError, "raise `cache_limit_mb`"),
+        ({"data": {"path": "no.log"}, "edge": "127.0.0.1:1"}, DataError, "no.log: there is no such file"),  # nobody is asked
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_fetched(

@@ -19,8 +19,10 @@ def fed(**changes: Any) -> FedSettings:
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("gsfs", {"weights": "share", "keep_progress": True, "staleness": 0, "proximal": 0, "max_lag": 0, "max_steps": 0}),
-        ("gsfs", {"quorum_of": "devices", "network": False, "feedback": False}),
+        ("gsfs", {"weights": "share", "keep_progress": True, "staleness": 0, "proximal": 0, "max_lag": 0}),
+        ("gsfs", {"quorum": 0.05, "quorum_of": "devices", "network": False, "reach": False, "feedback": False}),
+        ("gsfs", {"min_steps": 8, "max_steps": None, "most_steps": 16, "pace": 2 / 3}),
+        ("gsfs-printed", {"quorum": 0.6, "min_steps": 1, "max_steps": 0, "most_steps": 0, "pace": 0}),
         ("fedavg", {"weights": "examples", "keep_progress": False, "final_upload": True, "staleness": 0, "proximal": 0}),
         ("fedprox", {"weights": "examples", "keep_progress": False, "proximal": 0.01}),
         ("fedavgm", {"weights": "examples", "server_rate": 0.1, "server_momentum": 0.9}),
@@ -33,6 +35,32 @@ def test_each_strategy_has_its_own_defaults_which_can_be_set(name: str, own: dic
     settings = StrategySettings.model_validate({"name": name})
     assert {key: getattr(settings, key) for key in own} == own
     assert StrategySettings.model_validate({"name": name, "staleness": 2, "proximal": 1.5}).proximal == 1.5
+
+
+@pytest.mark.parametrize(
+    ("chosen", "most"),
+    [
+        ({}, 16),
+        ({"min_steps": 50}, 100),
+        ({"min_steps": 50, "max_steps": None}, 100),
+        ({"min_steps": 50, "max_steps": 50}, 50),
+        ({"min_steps": 50, "max_steps": 0}, 0),
+        ({"name": "gsfs-printed", "min_steps": 50}, 0),
+        ({"name": "gsfs-printed", "min_steps": 50, "max_steps": None}, 0),
+    ],
+    ids=str,
+)
+def test_most_steps_left_out_are_twice_the_least_and_0_is_no_bound(chosen: dict[str, Any], most: int, tmp_path: Path) -> None:
+    settings = fed(strategy=chosen)
+    assert settings.strategy.most_steps == most
+    (tmp_path / "fed.toml").write_text(as_toml(settings))
+    assert load(FedSettings, tmp_path / "fed.toml", environment={}) == settings, "and as a file they say the same"
+
+
+def test_most_steps_follow_a_flag_that_changes_the_least_of_a_printed_file(tmp_path: Path) -> None:
+    (tmp_path / "fed.toml").write_text(as_toml(fed()))
+    settings = load(FedSettings, tmp_path / "fed.toml", ["--strategy.min-steps", "60"], environment={})
+    assert settings.strategy.most_steps == 120
 
 
 @pytest.mark.parametrize(

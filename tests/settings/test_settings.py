@@ -62,7 +62,7 @@ def test_a_strategy_setting_out_of_range_is_refused(change: dict[str, object]) -
 def test_what_is_left_open_is_the_named_strategys_default() -> None:
     gsfs, printed, fedavg = (StrategySettings.model_validate({"name": name}) for name in ("gsfs", "gsfs-printed", "fedavg"))
     assert StrategySettings() == gsfs
-    assert (gsfs.weights, gsfs.keep_progress, gsfs.final_upload, gsfs.min_steps, gsfs.threshold) == ("share", True, True, 10, 0.1)
+    assert (gsfs.weights, gsfs.keep_progress, gsfs.final_upload, gsfs.min_steps, gsfs.threshold) == ("share", True, True, 8, 0.1)
     assert (printed.weights, printed.keep_progress, printed.final_upload, printed.min_steps) == ("frequency", False, False, 1)
     assert (printed.threshold, printed.threshold_growth, printed.threshold_decay) == (0.3, 1.0, 1.0)
     assert (fedavg.weights, fedavg.keep_progress, fedavg.final_upload) == ("examples", False, True)
@@ -94,6 +94,11 @@ def test_settings_do_not_change_once_read() -> None:
     settings = device()
     with pytest.raises(ValidationError):
         settings.cut = 2  # type: ignore[misc]
+
+
+def test_the_rate_cannot_rise_for_as_long_as_a_device_trains() -> None:
+    with pytest.raises(ValidationError, match="warmup_steps 10 must be fewer than the device's 10 steps"):
+        DeviceSettings.model_validate({"name": "d", "data": {"path": "x"}, "steps": 10, "optimizer": {"warmup_steps": 10}})
 
 
 def test_lora_settings_become_the_specification_that_adapters_carry() -> None:

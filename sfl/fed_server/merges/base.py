@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
+from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array, trained_part
 from sfl.errors import AdapterError, UpdateError
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 Place = tuple[int, str]  # block index and module inside the block
 
@@ -67,10 +67,14 @@ class Merge(ABC):
         result.update({key: state[key].copy() for key in chosen})
         # Room for the products, once for all updates.
         product = {shape: np.empty(shape, np.float32) for shape in {result[key].shape for key in chosen}}
+        sums: dict[int, list[tuple[AdapterKey, Array, Array]]] = {}  # by rank: where a tensor's values go, and its product
         for update in by_device(updates):
-            for key, value in self.delta(state, update, chosen).items():
-                part = trained_part(key, update.rank)
-                result[key][part] += np.multiply(value, weights[update.device], out=product[result[key].shape][part])
+            if update.rank not in sums:
+                parts = [(key, result[key], trained_part(key, update.rank)) for key in sorted(chosen)]
+                sums[update.rank] = [(key, whole[part], product[whole.shape][part]) for key, whole, part in parts]
+            delta, weight = update.delta(chosen), np.float32(weights[update.device])
+            for key, into, room in sums[update.rank]:
+                into += np.multiply(_fitting(delta, key, into.shape, update), weight, out=room)
         return result
 
     def trained(self, state: Iterable[AdapterKey]) -> list[AdapterKey]:
@@ -82,12 +86,18 @@ class Merge(ABC):
         """The tensors `keys` of an update. Raises `UpdateError` when one is missing or has another shape than its rank says."""
         delta = update.delta(keys)
         for key in keys:
-            expected = state[key][trained_part(key, update.rank)].shape
-            if key not in delta or delta[key].shape != expected:
-                found = f"has shape {delta[key].shape}" if key in delta else "is missing"
-                reason = f"adapter tensor {key} {found} in the update of device '{update.device}', expected {expected} at rank"
-                raise UpdateError(update.device, f"{reason} {update.rank}")
+            _fitting(delta, key, state[key][trained_part(key, update.rank)].shape, update)
         return delta
+
+
+def _fitting(delta: AdapterState, key: AdapterKey, shape: tuple[int, ...], update: Update) -> Array:
+    """The tensor `key` of an update. Raises `UpdateError` when it is missing or has another shape."""
+    value = delta.get(key)
+    if value is None or value.shape != shape:
+        found = "is missing" if value is None else f"has shape {value.shape}"
+        reason = f"adapter tensor {key} {found} in the update of device '{update.device}', expected {shape} at rank {update.rank}"
+        raise UpdateError(update.device, reason)
+    return value
 
 
 class Bases:
@@ -107,15 +117,6 @@ class Bases:
         return self._read[key]
 
 
-def trained_part(key: AdapterKey, rank: int) -> tuple[slice, ...]:
-    """Where the factor of a smaller rank lies in that of a larger one: rows of A, columns of B, and all of anything else."""
-    if key.layer != HEAD and key.part == "A":
-        return (slice(rank),)
-    if key.layer != HEAD and key.part == "B":
-        return (slice(None), slice(rank))
-    return ()
-
-
 def places(state: Iterable[AdapterKey]) -> list[Place]:
     """The modules that have LoRA, sorted."""
     return sorted({(key.layer, key.module) for key in state if key.layer != HEAD and key.part == "B"})
@@ -124,11 +125,6 @@ def places(state: Iterable[AdapterKey]) -> list[Place]:
 def factors(state: Mapping[AdapterKey, Array], place: Place) -> tuple[Array, Array]:
     """A (r x in) and B (out x r) of a module."""
     return state[AdapterKey(*place, "A")], state[AdapterKey(*place, "B")]
-
-
-def by_device(updates: Iterable[Update]) -> list[Update]:
-    """Sorted by the devices' names, so that sums do not depend on who came first."""
-    return sorted(updates, key=lambda update: update.device)
 
 
 def check_weights(updates: Sequence[Update], weights: Mapping[str, float]) -> None:

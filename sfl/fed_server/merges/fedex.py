@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState
-from sfl.fed_server.merges.base import Bases, Merge, Place, by_device, factors, places
+from sfl.fed_server.merges.base import Bases, Merge, Place, factors, places
 from sfl.fed_server.merges.factors import Stack
 from sfl.fed_server.merges.frozen import freeze
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 
 class FedEx(Merge):

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState
-from sfl.fed_server.merges.base import Bases, Merge, Place, by_device, check_rank, factors, places
+from sfl.fed_server.merges.base import Bases, Merge, Place, check_rank, factors, places
 from sfl.fed_server.merges.factors import Exact, Stack, best
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 
 class FlexLora(Merge):

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, Array
-from sfl.fed_server.merges.base import Bases, Merge, by_device, check_rank, factors, places
+from sfl.fed_server.merges.base import Bases, Merge, check_rank, factors, places
 from sfl.fed_server.merges.factors import Stack
 from sfl.fed_server.merges.frozen import freeze
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 
 class Flora(Merge):

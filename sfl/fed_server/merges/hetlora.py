@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState
-from sfl.fed_server.merges.base import Bases, Merge, by_device, check_weights, factors, places
+from sfl.fed_server.merges.base import Bases, Merge, check_weights, factors, places
 from sfl.fed_server.merges.factors import norm
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 
 class HetLora(Merge):

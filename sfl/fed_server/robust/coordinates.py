@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState, Array
-from sfl.fed_server.merges.base import by_device
 from sfl.fed_server.robust.base import Combining
 from sfl.fed_server.robust.krum import distances, score
 from sfl.fed_server.robust.rows import rows
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 
 class CoordinateWise(Combining):

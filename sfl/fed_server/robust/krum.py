@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sfl.fed_server.merges.base import by_device
 from sfl.fed_server.robust.base import Screened, Screening, selected
 from sfl.fed_server.robust.rows import rows
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 Squares = npt.NDArray[np.float64]
 

@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState
-from sfl.fed_server.merges.base import by_device
 from sfl.fed_server.robust.base import Screened, Screening
-from sfl.fed_server.updates import Update
+from sfl.fed_server.updates import Update, by_device
 
 
 class NormClip(Screening):

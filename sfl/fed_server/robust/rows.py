@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sfl.adapters.state import AdapterKey, Array
+from sfl.adapters.state import AdapterKey, Array, trained_part
 from sfl.errors import UpdateError
-from sfl.fed_server.merges.base import trained_part
 from sfl.fed_server.updates import Update
 
 _VALUES = 4_000_000  # in one piece, 16 MB

@@ -39,6 +39,7 @@ class Strategy(ABC):
     loses goes to nobody: the version changes by that much less. With a staleness of 0 it counts in full.
     """
 
+    waits: ClassVar[bool] = False  # whether a device that has uploaded waits for the next version
     shared_edge_adapter: ClassVar[bool] = False  # one edge half for all: devices of one rank, and one edge server
 
     def __init__(self, settings: StrategySettings) -> None:
@@ -103,6 +104,8 @@ class Rounds(Strategy):
     A round is due when every device that is present or yet to join is in the pool, or `round_timeout_s` seconds after its
     first update.
     """
+
+    waits = True
 
     def _rule(self, size: float) -> pb.UploadPolicy:
         rounds = pb.Periodic(local_steps=self.settings.local_steps, round_timeout_s=self.settings.round_timeout_s)

@@ -9,6 +9,8 @@ from sfl.fed_server.strategies.base import Standing, Strategy, shares
 from sfl.fed_server.updates import Update
 from sfl.v1 import federation_pb2 as pb
 
+MOST_PACED = 8.0  # times nearer to each other, or further apart, are uploads of a device with much or little data
+
 
 class Gsfs(Strategy):
     """The server's side of GSFS, equations 12 to 14.
@@ -36,12 +38,15 @@ class Gsfs(Strategy):
             min_steps=self._paced(chosen.min_steps, size),
             max_steps=self._paced(chosen.most_steps, size),
             validate_every=chosen.validate_every,
+            reference_every=chosen.reference_every,
             threshold=chosen.threshold,
             threshold_growth=chosen.threshold_growth,
             threshold_decay=chosen.threshold_decay,
             metric=chosen.metric,
         )
         policy = pb.UploadPolicy(triggered=triggered)
+        # Where progress cannot be kept, each version would cost a device all steps since its last upload.
+        policy.adopt_after_upload = chosen.name == "gsfs" and not chosen.keep_progress
         if chosen.network:
             policy.triggered.network.budget = chosen.network_budget
             policy.triggered.network.lowest = chosen.network_lowest
@@ -58,9 +63,13 @@ class Gsfs(Strategy):
         """So many steps, as a device with `size` times the mean of the data has them; 0 stays 0.
 
         What an update misses of the others' work grows with the steps it spans, i_k, and counts with its weight a_k. For a
-        given number of uploads the sum of squares (a_k i_k)^2 is least when i_k is in proportion to a_k^(-2/3).
+        given number of uploads the sum of (a_k i_k)^2 over the devices is least when i_k is in proportion to a_k^(-2/3). So
+        it is only where weights go by the data. The factor is bounded, as a size is what a device claims.
         """
-        return max(1, round(steps * size**-self.settings.pace)) if steps else 0
+        if not steps or self.settings.weights not in ("share", "examples"):
+            return steps
+        factor: float = min(max(size**-self.settings.pace, 1 / MOST_PACED), MOST_PACED)
+        return max(1, round(steps * factor))
 
     def due(self, standing: Standing) -> bool:
         counted = {

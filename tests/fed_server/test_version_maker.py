@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfl.adapters.state import device_half, edge_half, total
+from sfl.telemetry import MetricsWriter
+from tests.fed_server.made import Clock, adapter, aggregations, device, half, same, started, submit, told
+
+# Of updates
+
+
+def test_an_update_of_an_older_version_counts_and_its_lag_is_told(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(
+        tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 0.5, "weights": "examples"}, metrics=metrics
+    )
+    submit(fed, "a", adapter(1))
+    submit(fed, "b", adapter(2), version=0)
+    assert same(fed.fetch("a", 2), total(fed.fetch("a", 1), adapter(2)))
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["name"] for event in events if event["event"] == "join"] == ["a", "b", "edge"]
+    first, second = (event for event in events if event["event"] == "aggregate")
+    assert (first["version"], first["lags"], second["version"], second["lags"]) == (1, {"a": 0}, 2, {"b": 1})
+    assert second["devices"] == {"b": 1.0} and second["submissions"] == 1
+
+
+def test_the_weight_of_an_update_goes_by_what_its_device_has_now(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device("a", examples=1000), device("b", examples=10)]
+    fed = started(tmp_path / "adapters", members, clock, strategy={"quorum": 1.0}, metrics=metrics)
+    submit(fed, "a", adapter(1))
+    fed.watch_ends("a")
+    clock.now += 61
+    fed.join(device("a", examples=100))
+    submit(fed, "b", adapter(2))
+    assert fed.version == 1
+    (event,) = aggregations(tmp_path)
+    assert event["devices"] == pytest.approx({"a": 100 / 110, "b": 10 / 110})
+
+
+def test_devices_that_died_have_no_share_and_those_that_left_keep_theirs(tmp_path: Path) -> None:
+    clock = Clock()
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device(name) for name in "abcd"], clock, strategy={"quorum": 0.5}, metrics=metrics)
+    submit(fed, "d", adapter(4))
+    for name in "cd":
+        fed.watch_ends(name)
+    clock.now += 61
+    fed.tick()
+    fed.leave("b")
+    submit(fed, "a", adapter(1))
+    (first, second) = aggregations(tmp_path)
+    assert first["devices"] == pytest.approx({"d": 1 / 3}), "in the pool, though it died; c died without an update"
+    assert second["devices"] == pytest.approx({"a": 1 / 2})
+
+
+def test_an_aggregation_tells_what_its_updates_were_made_of(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics)
+    for name, submission, steps in (("a", "1", 3), ("a", "2", 4), ("b", "1", 5)):
+        fed.submit(half("edge", name, submission), edge_half(adapter(1), 1))
+        fed.submit(half("device", name, submission, steps=steps, examples=8 * steps), device_half(adapter(1), 1))
+    (event,) = aggregations(tmp_path)
+    assert (event["steps"], event["trained_on"]) == ({"a": 7, "b": 5}, {"a": 56, "b": 40})
+
+
+def test_an_update_that_can_never_be_aggregated_is_refused_and_takes_no_other_with_it(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    pool = tmp_path / "pool"
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics, pool=pool)
+    submit(fed, "b", adapter(2))
+    fed.submit(half("device", "a"), device_half(adapter(1), 1))
+    next(pool.glob("*-device.safetensors")).write_bytes(b"the disk is failing")
+    fed.submit(half("edge", "a"), edge_half(adapter(1), 1))
+    half_of_b = {key: value + 0.5 * adapter(2)[key] for key, value in adapter(0).items()}
+    assert fed.version == 1 and all(np.allclose(value, half_of_b[key]) for key, value in fed.fetch("a", 1).items())
+    (event,) = told(tmp_path, "refused")
+    assert fed.refused == 1 and event["device"] == "a" and "cannot be read" in event["reason"]
+    assert not list(pool.iterdir())
+    fed.submit(half("device", "a", "2", 1), device_half(adapter(1), 1))
+    next(pool.glob("*-device.safetensors")).write_bytes(b"the disk is failing")
+    fed.leave("b")
+    fed.submit(half("edge", "a", "2", 1), edge_half(adapter(1), 1))
+    assert (fed.version, fed.refused) == (1, 2), "nobody waits for a version that would be the same"
+    submit(fed, "a", adapter(1), "3", version=1)
+    assert (fed.version, fed.refused) == (2, 2) and not list(pool.iterdir())
+
+
+def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fed = started(tmp_path, [device("a")])
+    obstacle = tmp_path / "v1"
+    obstacle.mkdir()
+    submit(fed, "a", adapter(1))
+    fed.tick()
+    assert fed.version == 0 and caplog.text.count("it is tried again every second") == 1
+    obstacle.rmdir()
+    fed.tick()
+    assert fed.version == 1 and same(fed.fetch("a", 1), total(adapter(0), adapter(1)))
+
+
+# Robust rules
+
+
+def test_a_robust_rule_waits_for_the_updates_that_it_needs_while_they_can_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, metrics = Clock(), MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device(name) for name in "abc"]
+    robust = {"rule": "median", "attackers": 1}
+    fed = started(tmp_path / "adapters", members, clock, strategy={"quorum": 0.3}, robust=robust, metrics=metrics)
+    submit(fed, "a", adapter(1))
+    submit(fed, "b", adapter(1))
+    fed.tick()
+    assert fed.version == 0 and caplog.text.count("median needs 3 updates to bear 1 attackers, and the pool has 2: waiting") == 0
+    assert caplog.text.count("needs 3 updates to bear 1 attackers") == 1, "said once"
+    submit(fed, "c", adapter(1))
+    assert fed.version == 1
+    submit(fed, "a", adapter(1), "2", version=1)
+    fed.leave("c")
+    assert fed.version == 1, "there will never be three again"
+    assert [event["device"] for event in told(tmp_path, "refused")] == ["a"] and not fed.finished
+
+
+def test_a_robust_rule_does_not_wait_for_ever(tmp_path: Path) -> None:
+    clock, metrics = Clock(), MetricsWriter(tmp_path / "metrics.jsonl")
+    robust, strategy = {"rule": "median", "attackers": 1}, {"quorum": 0.3, "round_timeout_s": 30}
+    members = [device(name) for name in "abc"]
+    fed = started(tmp_path / "adapters", members, clock, strategy=strategy, robust=robust, metrics=metrics)
+    for number in range(2):
+        submit(fed, "a", adapter(1), str(number))
+        clock.now += 29
+        fed.tick()
+        assert fed.refused == number
+        clock.now += 2
+        fed.tick()
+        assert (fed.version, fed.refused) == (0, number + 1)
+    assert [event["device"] for event in told(tmp_path, "refused")] == ["a", "a"]
+    assert "median needs 3 updates" in told(tmp_path, "refused")[0]["reason"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_robust_rule_may_be_told_not_to_wait(tmp_path: Path, waits: bool) -> None:
+    robust = {"rule": "median", "attackers": 1, "too_few": "refuse"}
+    strategy = {"name": "fedavg", "round_timeout_s": 30} if waits else {"quorum": 0.3}
+    clock = Clock()
+    fed = started(tmp_path, [device(name) for name in "abc"], clock, strategy=strategy, robust=robust)
+    submit(fed, "a", adapter(1))
+    clock.now += 31
+    fed.tick()
+    assert fed.refused == 1 and fed.version == waits, "unchanged, but there where devices wait for it"
+    assert same(fed.fetch("a", int(waits)), adapter(0))
+
+
+def test_who_was_taken_for_an_attacker_is_told(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    members = [device(name) for name in "abcdx"]
+    robust = {"rule": "multi-krum", "attackers": 1}
+    fed = started(tmp_path / "adapters", members, strategy={"name": "fedavg"}, robust=robust, metrics=metrics)
+    for number, name in enumerate("abcd"):
+        submit(fed, name, {key: value + np.float32(0.01 * number) for key, value in adapter(1).items()})
+    submit(fed, "x", {key: -50 * value for key, value in adapter(1).items()})
+    (event,) = told(tmp_path, "refused")
+    (done,) = aggregations(tmp_path)
+    assert event["device"] == "x" and "x" not in done["devices"] and done["devices"].keys() == set("abcd")
+    assert done["steps"].keys() == done["devices"].keys()
