@@ -88,7 +88,8 @@ def link(program: str, mbit: float, delay_ms: float) -> Iterator[tuple[Machine, 
 
 def train(args: argparse.Namespace, strategy: list[str], out: Path) -> None:
     """One run of all daemons; their metrics and versions are below `out`."""
-    common = ["--lora.target-modules", MODULES]
+    plain = ["--tls.plaintext"]  # the link is this machine's own
+    common = ["--lora.target-modules", MODULES, *plain]
     with link(args.link, args.mbit, args.delay_ms) as (fast, slow), contextlib.ExitStack() as stack:
 
         def running(machine: Machine, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -97,7 +98,7 @@ def train(args: argparse.Namespace, strategy: list[str], out: Path) -> None:
             return process
 
         fed = f"{FAST}:{FED}"
-        running(fast, "fed", "fed", "--listen", fed, "--devices", str(DEVICES), *strategy)
+        running(fast, "fed", "fed", "--listen", fed, "--devices", str(DEVICES), *plain, *strategy)
         for machine, name in ((fast, "edge-fast"), (slow, "edge-slow")):
             listen = ["--listen", f"{machine.address}:{EDGE}", "--federation", fed, "--model", args.model]
             running(machine, name, "edge", "--name", name, *listen, *common, "--precision", "bf16")

@@ -1,6 +1,6 @@
 """Fitting a device into its memory before anything large is imported: which cut, and what becomes of freed memory.
 
-Nothing here needs torch.
+Nothing here needs torch, or NumPy before there is something to go on with.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sfl.device.checkpoints import FOLDER, kept_cut
 from sfl.errors import MemoryShortError, SettingsError
 from sfl.planning.apart import choose_cut_apart
 from sfl.planning.available import available_memory
@@ -27,7 +26,7 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
     checked where memory is short, so that the plan's numbers say what is too large, and not the kernel's end of the process.
     A run that goes on keeps its cut. Raises `SettingsError` with these numbers where it, or for `auto` any, does not fit.
     """
-    if settings.cut == "auto" and (kept := kept_cut(settings.out / FOLDER)) is not None:
+    if settings.cut == "auto" and (kept := _kept_cut(settings)) is not None:
         log.info("cut %d, that of the run which goes on", kept)
         settings = settings.model_copy(update={"cut": kept})
     memory = available_memory()
@@ -49,3 +48,9 @@ def fitted(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_cut:
             log.info("cut %d: about %.0f MB planned, %.0f MB are free", chosen.cut, chosen.device_mb, memory)
             update["cut"] = chosen.cut
     return settings.model_copy(update=update)
+
+
+def _kept_cut(settings: DeviceSettings) -> int | None:
+    from sfl.device.checkpoints import FOLDER, kept_cut  # brings NumPy along, which only a run that goes on needs here
+
+    return kept_cut(settings.out / FOLDER)

@@ -346,7 +346,7 @@ class DeviceRun:
         self._restore(state)
         version = self._trainer.adapter.version
         log.info("going on from checkpoint %d: step %d, version %d", checkpoint, self.steps, version)
-        self._metrics.write("resume", step=self.steps, version=version, checkpoint=checkpoint)
+        self._metrics.write("resume", step=self.steps, version=version, submissions=self.submissions, checkpoint=checkpoint)
 
     def _move(self) -> None:
         """Begin another session, at the newest version: the edge, or another one, knows nothing of the last.
@@ -374,7 +374,7 @@ class DeviceRun:
         now.unseen = True
         self.begin()
         log.warning("a new session begins at step %d with version %d; %d steps were not submitted", self.steps, newest, dropped)
-        self._metrics.write("move", step=self.steps, version=newest, dropped_steps=dropped)
+        self._metrics.write("move", step=self.steps, version=newest, submissions=self.submissions, dropped_steps=dropped)
 
     def totals(self) -> dict[str, int]:
         """What this run has come to so far."""

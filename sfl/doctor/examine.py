@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sfl.cache.cache import default_folder
+from sfl.cache.cache import HalfCache, default_folder
+from sfl.cache.key import HalfKey
 from sfl.data.load import load_splits
 from sfl.data.split import Splits
 from sfl.device.provision import agreed
@@ -17,10 +18,11 @@ from sfl.doctor.kernels import check_precisions
 from sfl.doctor.packages import check_packages
 from sfl.doctor.peers import WAIT_S, Server, check_clock, check_way, timed
 from sfl.doctor.processor import check_processor
-from sfl.doctor.room import check_disk, check_memory, check_plan
+from sfl.doctor.room import check_device_disks, check_disk, check_memory, check_plan
 from sfl.errors import ModelDiffersError, NotProvidedError, SflError, error_code
 from sfl.identity.node import Node
 from sfl.identity.own import node_of
+from sfl.planning.apart import ChosenCut
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings
 from sfl.v1 import federation_pb2
 from sfl.wire.adapters import lora_to_wire
@@ -65,6 +67,7 @@ def _examine_fed(settings: FedSettings) -> Iterator[Finding]:
 
 def _examine_edge(settings: EdgeSettings) -> Iterator[Finding]:
     yield from _examine_worker(settings)
+    yield from check_disk("out", settings.out)
     yield check_memory()
     if settings.provide:
         yield from check_disk("cache", settings.cache or default_folder("edge"), settings.cache_limit_mb, must=False)
@@ -82,8 +85,6 @@ def _examine_edge(settings: EdgeSettings) -> Iterator[Finding]:
 
 def _examine_device(settings: DeviceSettings) -> Iterator[Finding]:
     yield from _examine_worker(settings)
-    if settings.model is None:
-        yield from check_disk("cache", settings.cache or default_folder("device"), settings.cache_limit_mb, must=False)
     own = _Own.of(settings, "device")
     yield own.finding
     described: list[Description] = []
@@ -101,6 +102,7 @@ def _examine_device(settings: DeviceSettings) -> Iterator[Finding]:
     except SflError as error:
         yield broke("data", error)
     model = settings.model or (description.config if description is not None else None)
+    chosen: ChosenCut | None = None
     if model is None:
         yield skipped("memory", "the edge server has not told which model it is about")
     else:
@@ -109,6 +111,7 @@ def _examine_device(settings: DeviceSettings) -> Iterator[Finding]:
         yield finding
         if settings.cut == "auto":
             settings = settings.model_copy(update={"cut": lowest if chosen is None else chosen.cut})
+    yield from check_device_disks(settings, chosen, _provided(settings, description))
     request: federation_pb2.JoinRequest | None = None
     if splits is not None:
         try:
@@ -124,7 +127,6 @@ def _examine_worker(settings: DeviceSettings | EdgeSettings) -> Iterator[Finding
     yield from check_packages(("train", "quant") if settings.precision == "nf4" else ("train",))
     yield from check_processor(settings.compute_format if settings.run_on == "cpu" else None)
     yield from check_precisions(settings.precision, settings.run_on)
-    yield from check_disk("out", settings.out)
 
 
 def _examine_edge_server(settings: DeviceSettings, own: _Own, described: list[Description]) -> Iterator[Finding]:
@@ -266,6 +268,14 @@ def _device_request(
         max_length=settings.max_length,
         rank=0 if rank == description.lora.rank else rank,
     )
+
+
+def _provided(settings: DeviceSettings, description: Description | None) -> Path | None:
+    """Where the half that the edge server provides is kept once it was fetched."""
+    if description is None or settings.model is not None or settings.cut == "auto":
+        return None
+    cache = HalfCache(settings.cache or default_folder("device"), settings.cache_limit_mb)
+    return cache.model(HalfKey(description.source, settings.cut, settings.precision))
 
 
 def _edge_request(settings: EdgeSettings) -> federation_pb2.JoinRequest:

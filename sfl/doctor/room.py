@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfl.cache.cache import default_folder
 from sfl.doctor.finding import Finding, broke, failed, passed, skipped, warned
 from sfl.errors import SflError
 from sfl.planning.apart import ChosenCut, choose_cut_apart
@@ -17,7 +18,8 @@ from sfl.planning.request import PlanRequest
 from sfl.settings import DeviceSettings
 
 _LEAST_MB = 350.0  # that any device takes, by the defaults of the calibration
-_SPARE_MB = 100.0  # of disk for logs, metrics and checkpoints
+_SPARE_MB = 100.0  # of disk for logs and metrics
+_CHECKPOINTS = 3  # at most that a device has on disk at a time, one of them being written
 
 
 def check_memory() -> Finding:
@@ -50,6 +52,22 @@ def check_plan(settings: DeviceSettings, model: str | Mapping[str, Any], lowest_
             "memory", line, "that is less than the plan's own error: lower the cut or micro_batch, or see `sfl plan`"
         ), chosen
     return passed("memory", line), chosen
+
+
+def check_device_disks(settings: DeviceSettings, chosen: ChosenCut | None, provided: Path | None) -> Iterator[Finding]:
+    """The disks of a device against what its plan takes there, if there is one: checkpoints, and its half of the model, unless
+    that is in the folder `provided` already."""
+    checkpoints_mb = 0.0 if chosen is None else _CHECKPOINTS * chosen.checkpoint_mb
+    yield from check_disk("out", settings.out, _SPARE_MB + checkpoints_mb)
+    if settings.model is not None:
+        return
+    cache = settings.cache or default_folder("device")
+    if provided is not None and provided.is_dir():
+        yield passed("disk of cache", f"the half is there, in {provided}")
+    elif chosen is None:
+        yield from check_disk("cache", cache, settings.cache_limit_mb, must=False)
+    else:
+        yield from check_disk("cache", cache, chosen.half_mb)
 
 
 def check_disk(what: str, folder: Path, wanted_mb: float = _SPARE_MB, must: bool = True) -> Iterator[Finding]:

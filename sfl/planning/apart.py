@@ -24,10 +24,13 @@ _TIMEOUT_S = 900.0
 
 
 class ChosenCut(NamedTuple):
-    """A cut, and the MB at most that a device with it is predicted to take."""
+    """A cut, and the MB at most that a device with it is predicted to take, in memory and, for its half of the model and for one
+    checkpoint, on disk."""
 
     cut: int
     device_mb: float
+    half_mb: float = 0.0
+    checkpoint_mb: float = 0.0
 
 
 def choose_cut_apart(
@@ -62,7 +65,7 @@ def choose_cut_apart(
         raise getattr(sfl.errors, answer["kind"])(answer["error"])
     for warning in answer["warnings"]:
         log.warning("%s", warning)
-    return ChosenCut(int(answer["cut"]), float(answer["device_mb"]))
+    return ChosenCut(int(answer["cut"]), *(float(answer[name]) for name in ChosenCut._fields[1:]))
 
 
 def _no_answer(reason: str, cut: int | None, error: Exception) -> None:
@@ -92,7 +95,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     log.addFilter(keep)
     config = load_config(model) if isinstance(model, str) else AutoConfig.for_model(**model)
     chosen = choose_cut(config, request, memory_mb) if cut is None else require_fits(config, request, cut, memory_mb)
-    return {"cut": chosen.cut, "device_mb": chosen.device_mb, "warnings": warnings}
+    return {**{name: getattr(chosen, name) for name in ChosenCut._fields}, "warnings": warnings}
 
 
 def main() -> None:

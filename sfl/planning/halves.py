@@ -60,6 +60,12 @@ def other_weights(half: DeviceHalf | EdgeHalf) -> int:
     return total
 
 
+def table_bytes(half: DeviceHalf, config: PretrainedConfig) -> int:
+    """Bytes of the embedding tables in their file: in the format that the configuration names, fp32 where it does not."""
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return sum(module.weight.numel() * stored.itemsize for module in half.modules() if isinstance(module, nn.Embedding))
+
+
 def adapter_bytes(slots: AdapterSlots) -> dict[int, int]:
     """Bytes of the trained tensors of each layer, fp32, the task head's under `HEAD`."""
     found: dict[int, int] = {}

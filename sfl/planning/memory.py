@@ -76,6 +76,12 @@ def device_memory(
     )
 
 
+def checkpoint_mb(adapter: int, moments: int) -> float:
+    """MB on disk of a device's checkpoint at most: A and B, what they began as and progress is counted from, the moments, and an
+    update that is not sent yet."""
+    return (4 + moments) * adapter / 1e6
+
+
 def edge_memory(
     floor_mb: float,
     weights: int,

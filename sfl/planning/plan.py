@@ -13,8 +13,8 @@ from sfl.model.families import family_of, require_task
 from sfl.model.load import check_max_length
 from sfl.model.lora import resolve_targets
 from sfl.planning.calibration import Calibration, read_calibration
-from sfl.planning.halves import adapter_bytes, block_weights, device_half, edge_half, other_weights
-from sfl.planning.memory import DeviceMemory, device_memory, edge_memory, total
+from sfl.planning.halves import adapter_bytes, block_weights, device_half, edge_half, other_weights, table_bytes
+from sfl.planning.memory import DeviceMemory, checkpoint_mb, device_memory, edge_memory, total
 from sfl.planning.request import PlanRequest
 from sfl.planning.speeds import Speeds, StepTime, speeds_of
 from sfl.planning.step_bytes import step_bytes
@@ -28,6 +28,8 @@ class CutPlan:
 
     cut: int
     device: DeviceMemory
+    half_mb: float  # on the device's disk, with the embedding tables
+    checkpoint_mb: float  # one, of the device's
     edge_mb: float
     bytes_up: int
     bytes_down: int
@@ -48,6 +50,8 @@ class CutPlan:
             "cut": self.cut,
             "device_mb": round(self.device_mb, 1),
             "device": {**parts, "peak_in": self.device.phase},
+            "half_mb": round(self.half_mb, 1),
+            "checkpoint_mb": round(self.checkpoint_mb, 1),
             "edge_mb": round(self.edge_mb, 1),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
@@ -70,10 +74,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Halves:
-    """What the two longest halves take: bytes of weights and adapter by block, bytes of the other weights, and a step's trace."""
+    """What the two longest halves take: bytes of weights and adapter by block, bytes of the other weights and of the tables that
+    stay on disk, and a step's trace."""
 
     weights: dict[int, int]
     rest: int
+    tables: int
     adapter: dict[int, int]
     trace: DeviceTrace
     edge_weights: dict[int, int]
@@ -87,7 +93,7 @@ class _Halves:
         head = request.task, request.classes
         half, slots = device_half(config, lora, request.precision, compute)
         deep, deep_slots = edge_half(config, *head, lora, request.precision_at_edge, request.compute_at_edge)
-        weights, rest = block_weights(half), other_weights(half)
+        weights, rest, tables = block_weights(half), other_weights(half), table_bytes(half, config)
         edge_weights, edge_rest = block_weights(deep), other_weights(deep)
         # nf4 takes as much beside its weights as int8, which computes without bitsandbytes.
         if request.precision == "nf4":
@@ -98,6 +104,7 @@ class _Halves:
         return cls(
             weights,
             rest,
+            tables,
             adapter_bytes(slots),
             trace_device(half, slots, compute, *size, request.micro_batch, request.checkpointing),
             edge_weights,
@@ -134,10 +141,11 @@ def _cut_plan(
 ) -> CutPlan:
     blocks, size = config.num_hidden_layers, (request.batch_size, request.max_length)
     wire = step_bytes(request.compute_format, request.task, *size, config.hidden_size, cut, blocks)
+    weights, adapter = halves.rest + total(halves.weights, 0, cut), total(halves.adapter, 0, cut)
     device = device_memory(
         calibration.floor_mb[request.precision],
-        halves.rest + total(halves.weights, 0, cut),
-        total(halves.adapter, 0, cut),
+        weights,
+        adapter,
         request.moments,
         halves.trace,
         cut,
@@ -154,4 +162,15 @@ def _cut_plan(
         request.devices,
     )
     own, deeper = halves.trace.flops(cut), halves.edge_trace.flops(cut)
-    return CutPlan(cut, device, edge_mb, wire.up, wire.down, own, deeper, speeds.step(own, deeper, wire, request.devices))
+    return CutPlan(
+        cut,
+        device,
+        (weights + halves.tables) / 1e6,
+        checkpoint_mb(adapter, request.moments),
+        edge_mb,
+        wire.up,
+        wire.down,
+        own,
+        deeper,
+        speeds.step(own, deeper, wire, request.devices),
+    )

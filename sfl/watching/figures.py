@@ -143,11 +143,10 @@ def device_figures(figures: Figures, name: str) -> Listener:
             for figure in ("loss", "accuracy", "f1_macro"):
                 if figure in fields:
                     evaluation.labels(name, fields["split"], figure).set(fields[figure])
-        elif event == "resume":
-            resumes.inc()
+        elif event in ("resume", "move"):
+            (resumes if event == "resume" else moved).inc()
             at.set(fields["step"])
-        elif event == "move":
-            moved.inc()
+            version.labels(name).set(fields["version"])
 
     return hear
 

@@ -125,8 +125,9 @@ class DeviceVitals:
         if event == "start":
             self._planned = int(fields["steps"])
             self._waited_s = self._waits.waited_s
-        elif event == "resume":
-            self._step = int(fields["step"])
+        elif event in ("resume", "move"):
+            self._step, self._version = int(fields["step"]), int(fields["version"])
+            self._submissions = int(fields["submissions"])
         elif event == "step":
             self._step, self._version, self._loss = int(fields["step"]), int(fields["version"]), float(fields["loss"])
             self._last_step = self._process.clock()

@@ -121,6 +121,11 @@ class World:
                 self.contents[key] = {name: value.copy() for name, value in state.items()}
             self.federation.submit(half, state)
 
+    def has(self, half: str, submission: str) -> bool:
+        """Whether a half has arrived, and all is done that comes of it."""
+        with self.lock:
+            return (half, submission) in self.submitted
+
     def happens(self, what: str) -> Fault | None:
         """Count an event; what is to happen at it."""
         self.events.append(what)
@@ -244,7 +249,7 @@ class FedLink:
         fault = self._meet("submit")
         self._world.take(header, state)
         deadline = time.monotonic() + _WAIT_S
-        while ("edge", header.submission) not in self._world.submitted:
+        while not self._world.has("edge", header.submission):
             if not self._world.edge.service._uploads.knows("device-1", header.submission):
                 return False  # nor will it, as that edge has lost it
             assert time.monotonic() < deadline, f"the edge's half of {header.submission} never came"

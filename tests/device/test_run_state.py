@@ -22,7 +22,7 @@ POLICIES = {
     "triggers": UploadPolicy(
         triggered=Triggered(
             alpha=0.9, beta=1.0, min_steps=2, max_steps=9, validate_every=3, threshold=0.1, threshold_growth=1.5,
-            threshold_decay=0.8, metric="loss", network=NetworkSense(budget=0.1, lowest=0.5, highest=4),
+            threshold_decay=0.8, reference_every=5, metric="loss", network=NetworkSense(budget=0.1, lowest=0.5, highest=4),
         )
     ),
 }  # fmt: skip
@@ -44,7 +44,7 @@ def live(rule: UploadRule, chance: random.Random, steps: int) -> list[Any]:
         if trigger is not None:
             rule.after_upload()
         if chance.random() < 0.1:
-            rule.after_adoption(Figures(chance.uniform(0.5, 1), 10, 0.5, 0.5) if rule.validates else None)
+            rule.after_adoption(Figures(chance.uniform(0.5, 1), 10, 0.5, 0.5) if rule.reference_due() else None)
         said.append((due, trigger, rule.factor))
     return said
 

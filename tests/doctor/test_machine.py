@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from sfl.doctor.finding import Finding
 from sfl.doctor.kernels import check_precisions, try_precisions
 from sfl.doctor.packages import check_packages
 from sfl.doctor.processor import check_processor
-from sfl.doctor.room import check_disk, check_memory, check_plan
+from sfl.doctor.room import check_device_disks, check_disk, check_memory, check_plan
 from sfl.errors import MemoryShortError
 from sfl.planning.apart import ChosenCut
 from sfl.settings import DeviceSettings
@@ -190,3 +191,19 @@ def test_disks(tmp_path: Path) -> None:
     assert [each.state for each in check_disk("out", tmp_path, 1e12)] == ["failed"]
     assert [each.state for each in check_disk("cache", tmp_path, 1e12, must=False)] == ["warned"]
     assert not (tmp_path / "a").exists(), "looking leaves nothing behind"
+
+
+def test_a_devices_disks_against_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400e6))
+
+    def looked(chosen: ChosenCut | None, provided: Path | None = None, **changes: Any) -> list[tuple[str, str]]:
+        settings = device(out=tmp_path, cache=tmp_path, cache_limit_mb=1000, **changes)
+        return [(each.name, each.state) for each in check_device_disks(settings, chosen, provided)]
+
+    small, large = ChosenCut(2, 300.0, half_mb=390.0, checkpoint_mb=90.0), ChosenCut(2, 300.0, half_mb=410.0, checkpoint_mb=110.0)
+    assert looked(small) == looked(None) == [("disk of out", "passed")]
+    assert looked(large) == [("disk of out", "failed")], "three checkpoints and what is spared are more"
+    assert looked(small, model=None) == [("disk of out", "passed"), ("disk of cache", "passed")]
+    assert looked(large, model=None) == [("disk of out", "failed"), ("disk of cache", "failed")]
+    assert looked(large, tmp_path, model=None)[1] == ("disk of cache", "passed"), "it is there"
+    assert looked(None, model=None)[1] == ("disk of cache", "warned"), "all that the cache may have"

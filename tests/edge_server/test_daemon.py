@@ -33,13 +33,16 @@ def federation(monkeypatch: pytest.MonkeyPatch, propose: Callable[[threading.Eve
     """Puts one in place of the client; set once that is closed."""
     closed = threading.Event()
     client = SimpleNamespace(
+        federation="this one",
         join=lambda request: None,
         agreement=lambda wait_s: SimpleNamespace(labels=["a", "b"]),
+        until_wanted=lambda agreed: None,
+        report=lambda request: None,
         propose=lambda header, state: propose(closed),
         close=closed.set,
         traffic=Traffic(),
     )
-    monkeypatch.setattr(daemon, "FederationClient", lambda *arguments: client)
+    monkeypatch.setattr(daemon, "FederationClient", lambda *arguments, **named: client)
     return closed
 
 

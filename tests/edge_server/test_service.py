@@ -282,7 +282,7 @@ MALFORMED: dict[str, tuple[Callable[[Halves], Any], str]] = {
         lambda halves: [headers_only()(halves), DeviceMessage(evaluate=split_pb2.Evaluate())],
         "a new message began",
     ),
-    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), "more than the 1073741824 allowed"),
+    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), "more than the 1100000000 allowed"),
     "8 GiB announced": (headers_only(shape=[2**33], byte_length=2**35), "more than"),
     "step": (step_with(lambda tensors: None, step=3), "step 1 was due"),
     "version": (step_with(lambda tensors: None, version=1), "adopt first"),

@@ -33,7 +33,8 @@ def test_it_chooses_as_the_planner_does(tmp_path: Path) -> None:
     )
     request = PlanRequest.of(settings, lowest_cut=2)
     here = choose_cut(config, request, 5000)
-    assert choose_cut_apart(str(tmp_path / "model"), request, 5000) == (here.cut, pytest.approx(here.device_mb))
+    figures = (here.device_mb, here.half_mb, here.checkpoint_mb)
+    assert choose_cut_apart(str(tmp_path / "model"), request, 5000) == (here.cut, *map(pytest.approx, figures))
 
 
 def test_its_errors_arrive() -> None:

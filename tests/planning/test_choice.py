@@ -22,7 +22,7 @@ CALIBRATION = Calibration({"fp32": 100.0, "bf16": 100.0, "int8": 100.0, "nf4": 2
 
 def entry(cut: int, mb: float, step_s: float | None = None, device_flops: int = 0) -> CutPlan:
     time = None if step_s is None else StepTime(step_s, 0.0, 0.0, step_s)
-    return CutPlan(cut, DeviceMemory(mb, 0, 0, 0, 0, 0, "backward"), 1000.0, 10, 10, device_flops * cut, 0, time)
+    return CutPlan(cut, DeviceMemory(mb, 0, 0, 0, 0, 0, "backward"), 0, 0, 1000.0, 10, 10, device_flops * cut, 0, time)
 
 
 def plan(*cuts: CutPlan) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from sfl.adapters.layout import LoraSpec
@@ -14,9 +15,13 @@ from sfl.model.halves import load_device_half, load_edge_half
 from sfl.model.load import load_config
 from sfl.model.local_adapter import LocalAdapter
 from sfl.model.lora import inject_lora, resolve_targets
+from sfl.model.pack import pack_device_half
 from sfl.planning.halves import adapter_bytes, block_weights, device_half, edge_half, other_weights
+from sfl.planning.plan import make_plan
+from sfl.planning.request import PlanRequest
 from sfl.settings import Compute, Precision
-from sfl.wire.split import OptimizerSpec
+from sfl.state_file import write_state
+from sfl.wire.split import OptimizerSpec, TrainingRules
 from tests.tiny import save_tiny_model
 
 LORA = LoraSpec(4, 8.0, 0.0, ())
@@ -84,3 +89,24 @@ def test_adapter_bytes_are_those_of_a_local_adapter(tmp_path: Path) -> None:
     adapter = LocalAdapter(real, state, 2, 0, OptimizerSpec())
     counted = adapter_bytes(slots)
     assert counted[0] + counted[1] == byte_size(adapter.values())
+
+
+def test_a_checkpoint_and_a_half_take_what_is_planned_on_disk(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "opt")
+    config = load_config(folder)
+    lora = resolve_targets(config, LoraSpec(64, 8.0, 0.0, ()))
+    half = load_device_half(folder, 2)
+    real = inject_lora(half, lora)
+    state = {key: module.get_parameter(name).detach().numpy() for key, (module, name) in real.slots.items()}
+    adapter = LocalAdapter(real, state, 2, 0, OptimizerSpec("adamw", 0.1, 0.0), rules=TrainingRules(proximal=0.1))
+    adapter.mount()
+    for parameter in half.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    adapter.step(0.1)
+    pending = {f"pending/{key}": value for key, value in adapter.take_progress().items()}
+    written = write_state(tmp_path / "checkpoint", {}, adapter.state() | pending)
+    (plan,) = (plan for plan in make_plan(config, PlanRequest(lora=lora)).cuts if plan.cut == 2)
+    assert 0.9 * written <= plan.checkpoint_mb * 1e6 <= written
+    pack_device_half(folder, 2, "fp32", tmp_path / "packed")
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert plan.half_mb * 1e6 == pytest.approx(on_disk, rel=0.1)

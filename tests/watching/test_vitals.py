@@ -75,8 +75,9 @@ def test_activities(device: DeviceVitals) -> None:
         with phase(name):
             said.append(device.report().activity)
     device.hear("start", {"steps": 2})
-    device.hear("resume", {"step": 1, "checkpoint": 4})
-    assert device.report().steps == 1
+    device.hear("resume", {"step": 1, "version": 2, "submissions": 3, "checkpoint": 4})
+    resumed = device.report()
+    assert (resumed.steps, resumed.version, resumed.submissions) == (1, 2, 3)
     for name in ("forward", "wait", "round"):
         with phase(name):
             report = device.report()
