@@ -5,14 +5,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint stubs clean
+.PHONY: help demo test test-slow test-docker lint stubs wheelhouse images cluster-up cluster-wait cluster-status cluster-down clean
 
 help:
 	@echo 'make demo        all daemons on this machine, on generated flows; flags of `sfl demo` with ARGS="--steps 40 --devices 4"'
 	@echo 'make test        the tests; flags of pytest with ARGS="-k adapter"'
 	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make test-docker the cluster of docker/compose.yml with real images; needs a Docker engine'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make stubs       generate sfl/v1 from proto/'
+	@echo
+	@echo 'make cluster-up  images, then a federation server, two edge servers and four devices in containers: docs/containers.md'
+	@echo 'make cluster-wait, cluster-status, cluster-down'
+	@echo 'make wheelhouse  the packages of all images, to build them without a network'
+	@echo
 	@echo 'make clean       remove caches and build leftovers (the environment is $(VENV), results are in out/)'
 	@echo
 	@echo 'The first call makes $(VENV) with Python 3.10 or later (choose one with PYTHON=...) and installs what is needed.'
@@ -27,6 +33,9 @@ test: $(READY)
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
 
+test-docker: $(READY)
+	@$(BIN)/python -m pytest -m docker --timeout 7200 -s $(ARGS)
+
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -34,6 +43,19 @@ lint: $(READY)
 
 stubs: $(READY)
 	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/sfl/v1/*.proto
+
+wheelhouse: $(READY)
+	@docker/wheelhouse.sh $(ARGS)
+
+images:
+	@docker/cluster.sh images
+
+# Without data and model of one's own, the environment makes up logs and has the model of the demo.
+cluster-up: images $(if $(and $(SFL_DATA),$(SFL_MODEL)),,$(READY))
+	@docker/cluster.sh up
+
+cluster-wait cluster-status cluster-down:
+	@docker/cluster.sh $(@:cluster-%=%) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
