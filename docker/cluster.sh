@@ -22,6 +22,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 files=(-f docker/compose.yml)
 [ -z "${WATCH:-}" ] || files+=(-f docker/watching.yml)
+export COMPOSE_IGNORE_ORPHANS=1 # the watchers, where WATCH is not set
 devices=(device-1 device-2 device-3 device-4)
 export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-sfl}
 
@@ -94,7 +95,10 @@ wait | status | down)
     case $verb in
     wait) wait_for_devices ;;
     status) compose run --rm status "$@" ;;
-    down) compose down "$@" ;;
+    down)
+        files=(-f docker/compose.yml -f docker/watching.yml)
+        compose down "$@"
+        ;;
     esac
     ;;
 -h | --help) usage ;;

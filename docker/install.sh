@@ -24,6 +24,7 @@ case $1 in
 packages)
     "$python" -m venv --without-pip /opt/sfl
     install --only-binary :all: -r "$here/$2.$(uname -m).txt"
+    "$python" -m pip --python /opt/sfl/bin/python check # a lock that lacks something, a torch that wants CUDA's packages
     /opt/sfl/bin/python "$here/prune.py"
     ;;
 jetson)

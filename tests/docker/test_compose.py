@@ -104,7 +104,14 @@ def test_prometheus_asks_every_daemon_where_it_shows_its_figures() -> None:
 
 
 def test_grafana_asks_for_what_the_issue_is_about() -> None:
-    wanted = {"sfl_loss", "sfl_version", "sfl_bytes_total", "process_resident_memory_bytes", "sfl_submissions_total", "sfl_behind"}
+    wanted = {
+        "sfl_loss",
+        "sfl_version",
+        "sfl_bytes_total",
+        "process_resident_memory_bytes",
+        "sfl_submissions_total",
+        "sfl_behind",
+    }
     assert wanted <= asked_for()
     assert len(queries()) > 30
 
