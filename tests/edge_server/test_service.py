@@ -20,7 +20,7 @@ import torch
 from sfl.adapters.state import edge_half, total
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.edge_server import service as service_module
-from sfl.errors import RefusedError, SflError
+from sfl.errors import RefusedError, SflError, UnreachableError
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import split_pb2, tensor_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -414,6 +414,31 @@ def test_a_lost_answer_to_close_is_answered_again(edge: ServedEdge) -> None:
         edge.stop()
         edge.start()
         link.close()
+
+
+def test_halves_that_could_not_be_sent_go_out_with_the_next_one_and_at_the_end(
+    edge: ServedEdge, caplog: pytest.LogCaptureFixture
+) -> None:
+    def arrived() -> list[str]:
+        return [header.submission for header, _ in edge.federation.submitted]
+
+    with caplog.at_level(logging.ERROR, "sfl"), linked(edge) as link:
+        for number in (1, 2):
+            stepped(edge, link, range(number, number + 1))
+            edge.federation.failure = UnreachableError("no route")
+            link.submit(f"device-1/{number}", 0)
+            eventually(lambda number=number: f"submission device-1/{number} waits: no route" in caplog.text)
+        assert arrived() == []
+        edge.federation.failure = None
+        stepped(edge, link, range(3, 4))
+        link.submit("device-1/3", 0)
+        eventually(lambda: sorted(arrived()) == ["device-1/1", "device-1/2", "device-1/3"])
+        edge.federation.failure = UnreachableError("no route")
+        link.submit("device-1/4", 0)
+        eventually(lambda: "submission device-1/4 waits" in caplog.text)
+        edge.federation.failure = None
+        link.close()
+    assert sorted(arrived()) == [f"device-1/{number}" for number in range(1, 5)], "each once"
 
 
 def test_a_half_that_is_lost_is_told_to_its_own_session_only(edge: ServedEdge, caplog: pytest.LogCaptureFixture) -> None:
