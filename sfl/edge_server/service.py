@@ -131,7 +131,7 @@ class SplitService(SplitTrainingServicer):
                 while not await _done(answer, HEARTBEAT_S):
                     yield EdgeMessage(heartbeat=split_pb2.Heartbeat())
                 if stream.session is not None:
-                    assembler.max_bytes = round(self._limits.request_mb * 1e6)
+                    assembler.max_bytes, assembler.limit = round(self._limits.request_mb * 1e6), "limits.request_mb"
                 for reply in frames(*answer.result(), self.traffic):
                     yield reply
         except StateWriteError as error:  # the device asks again, and by then there may be room

@@ -26,28 +26,33 @@ class HalfUploads:
     """Sends halves on, several at once; called on one event loop, but for `unsent`.
 
     A half is here until the federation server has it or refuses it. One that could not be sent in the client's time is tried
-    again when it is started again.
+    again with the device's next one, when it opens its session again, and when it closes it.
     """
 
     def __init__(self, federation: FederationClient) -> None:
         self._federation = federation
         self._unsent: dict[tuple[str, str], TakenHalf] = {}  # by device and submission
         self._of_session: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # by the same, also those that are done
-        self._running = set[asyncio.Task[SflError | None]]()
+        self._running: dict[tuple[str, str], asyncio.Task[SflError | None]] = {}
 
     def start(self, half: TakenHalf) -> None:
+        """Send a half on, and what could not be sent of the device's before."""
+        for each in (*self.unsent(half.device), half):
+            self._start(each)
+
+    def _start(self, half: TakenHalf) -> None:
         """Send a half on, unless that has been begun and has not failed for want of an answer."""
+        key = half.device, half.submission
         tasks = self._of_session.setdefault(half.device, {})
         before = tasks.get(half.submission)
-        if before is not None and not (before.done() and isinstance(before.result(), UnreachableError)):
+        if key in self._running or (before is not None and not isinstance(before.result(), UnreachableError)):
             return
         for submission in [each for each, sent in tasks.items() if sent.done() and sent.result() is None]:
             del tasks[submission]  # or they would be as many as the device submits in all
-        self._unsent[half.device, half.submission] = half
+        self._unsent[key] = half
         task = asyncio.create_task(self._send(half))
-        tasks[half.submission] = task
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        tasks[half.submission] = self._running[key] = task
+        task.add_done_callback(lambda done: self._running.pop(key))
 
     def knows(self, device: str, submission: str) -> bool:
         """Whether this half is the last or one of the last that were started since the device's session began, or this edge."""
@@ -70,6 +75,8 @@ class HalfUploads:
 
         Raises `RefusedError` for one that did not reach it, once.
         """
+        for half in self.unsent(device):
+            self._start(half)
         tasks = self._of_session.get(device, {})
         if tasks:
             await asyncio.wait(list(tasks.values()))

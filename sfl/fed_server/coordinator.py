@@ -88,7 +88,8 @@ class Federation:
         self.id, self._proposer = stock.federation, stock.proposer
         pool = None if out is None else out / "pool"
         version = -1 if newest is None else newest.number
-        self._pool = Pool(pool, settings.half_expires_s, clock, self._ledger.accepted, stock.settled(), version)
+        settled = [*stock.settled(), *sorted(self._ledger.past.settled)]
+        self._pool = Pool(pool, settings.half_expires_s, clock, self._ledger.accepted, settled, version)
         settle_accounts(self._ledger, stock, self._pool)
         self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
         self._roster = Roster(

@@ -45,7 +45,12 @@ class Past:
     begun: int | None = None  # version that was the newest then
     told: int | None = None  # newest version with a line
     accepted: set[Key] = field(default_factory=set)
-    dropped: set[Key] = field(default_factory=set)
+    dropped: set[Key] = field(default_factory=set)  # and not accepted afterwards, as what was only half there may be
+
+    @property
+    def settled(self) -> set[Key]:
+        """Whole submissions that are in no version and never will be."""
+        return self.accepted & self.dropped
 
     def take(self, line: dict[str, Any]) -> None:
         """Raises `KeyError` or `TypeError` for a line that is none of a ledger's."""
@@ -54,9 +59,11 @@ class Past:
             self.federation, self.begun = str(line["federation"]), line["version"]
         elif event == "version":
             self.told = int(line["version"])
-        elif event in ("accepted", "dropped"):
-            keys = self.accepted if event == "accepted" else self.dropped
-            keys.add((line["device"], line["submission"]))
+        elif event == "accepted":
+            self.accepted.add((line["device"], line["submission"]))
+            self.dropped.discard((line["device"], line["submission"]))
+        elif event == "dropped":
+            self.dropped.add((line["device"], line["submission"]))
 
 
 class Ledger:

@@ -81,7 +81,8 @@ class _Pending:
 class Pool:
     """Joins halves to whole submissions, and keeps these until they are drained.
 
-    A submission is known by its device and id, and counts once, for ever: `settled` are those that versions hold. Successive
+    A submission is known by its device and id, and counts once, for ever: `settled` are those of which nothing is left to do,
+    as versions hold them or never will. Successive
     submissions of a device are successive progress, so their deltas add up in the order in which they became whole. `accept` is
     called with each new submission once both of its halves are on disk, and may refuse it by raising an error.
 

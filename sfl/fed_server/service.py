@@ -13,7 +13,7 @@ import grpc.aio
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.connection_settings import LimitSettings
-from sfl.errors import AdapterError, SflError, StateWriteError, UnknownMemberError, WireError
+from sfl.errors import AdapterError, LimitError, SflError, StateWriteError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.status import StatusBoard
@@ -128,7 +128,8 @@ class FederationService(FederationServicer):  # type: ignore[misc]
 
     async def Propose(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.ProposeReply:
         async with _refusing(context):
-            message, tensors = await self._receive(requests, "proposal", round(self._limits.adapter_mb * 1e6))
+            limit = round(self._limits.adapter_mb * 1e6)
+            message, tensors = await self._receive(requests, "proposal", limit, "limits.adapter_mb")
             header = message.proposal
             placement = Placement(header.blocks, tuple(header.head), header.num_layers)
             accepted = self._federation.propose(header.edge, placement, from_tensors(tensors))
@@ -179,10 +180,11 @@ class FederationService(FederationServicer):  # type: ignore[misc]
         return self._board.status()
 
     async def _receive(
-        self, requests: AsyncIterator[pb.AdapterMessage], kind: str, max_bytes: int
+        self, requests: AsyncIterator[pb.AdapterMessage], kind: str, max_bytes: int, setting: str = ""
     ) -> tuple[pb.AdapterMessage, list[RawTensor]]:
-        """The one message of a stream. Raises `WireError` when it is of another kind or incomplete."""
-        assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic, max_bytes)
+        """The one message of a stream. Raises `WireError` when it is of another kind, incomplete or too large, `LimitError` where
+        that is too large by a setting."""
+        assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic, max_bytes, setting)
         async for frame in requests:
             whole = assembler.feed(frame)
             if whole is not None:
@@ -211,6 +213,9 @@ async def _refusing(context: Context) -> AsyncIterator[None]:
     except (AdapterWriteError, StateWriteError) as error:  # a full disk, say: clients try again
         log.error("%s", error)
         await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
+    except LimitError as error:
+        log.warning("refused: %s", error)
+        await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
     except (WireError, AdapterError) as error:
         log.warning("refused: %s", error)
         await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, error)

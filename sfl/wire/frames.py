@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
-from sfl.errors import WireError
+from sfl.errors import LimitError, WireError
 from sfl.v1.federation_pb2 import AdapterMessage
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.wire.tensors import RawTensor, check_header
@@ -65,12 +65,14 @@ def _chunks(tensors: Sequence[RawTensor]) -> Iterator[bytes]:
 class Assembler(Generic[Frame]):
     """Puts the frames of one stream together, in the order of their arrival.
 
-    `max_bytes` bounds the tensors of one message; it may be changed between two messages.
+    `max_bytes` bounds the tensors of one message, by the setting `limit` if there is one; both may be changed between two
+    messages.
     """
 
-    def __init__(self, traffic: Traffic, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(self, traffic: Traffic, max_bytes: int = MAX_MESSAGE_BYTES, limit: str = "") -> None:
         self._traffic = traffic
         self.max_bytes = max_bytes
+        self.limit = limit
         self._message: Frame | None = None
         self._buffers: list[bytearray] = []  # they grow as bytes arrive: an announcement alone takes no memory
         self._tensor = 0  # index of the tensor that is being filled
@@ -79,7 +81,7 @@ class Assembler(Generic[Frame]):
         """Take one frame; return the whole message with its tensors once its last byte is there, else None.
 
         Raises `WireError` for a header that cannot be, for more bytes than announced and for a message that begins
-        before the last one is complete.
+        before the last one is complete, `LimitError` for one that goes over the setting.
         """
         self._traffic.add(received=frame.ByteSize())
         if frame.WhichOneof("body") == "chunk":
@@ -103,6 +105,10 @@ class Assembler(Generic[Frame]):
         for header in message.tensors:
             check_header(header)
         announced = sum(header.byte_length for header in message.tensors)
+        if announced > self.max_bytes and self.limit:
+            raise LimitError(
+                f"a message announces {announced} bytes, above {self.limit} ({self.max_bytes} bytes): raise that, or send less"
+            )
         if announced > self.max_bytes:
             raise WireError(f"a message announces {announced} bytes, more than the {self.max_bytes} allowed here")
         self._message = message

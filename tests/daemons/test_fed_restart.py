@@ -29,7 +29,7 @@ def run(folder: Path, model: Path, strategy: StrategySettings, kill_after: Seque
     """A run of two devices whose federation server is killed after these numbers of versions; its last version."""
     folder.mkdir()
     devices = several_devices(folder, model, (1, 2), steps=30)
-    with Daemons(folder / "run") as daemons:
+    with Daemons(folder / "run", forked=True) as daemons:
         start_all(daemons, strategy, [edge_settings("edge", devices[0])], devices)
         for versions in kill_after:
             daemons["fed"].until(partial(has_made, versions))
@@ -69,7 +69,7 @@ def test_an_edge_server_goes_on_with_a_federation_server_that_has_lost_its_files
     model = save_tiny_model(tmp_path / "model", "bert")
     first, second = several_devices(tmp_path, model, (1, 2), steps=6)
     endless = first.model_copy(update={"steps": 1_000_000})
-    with Daemons(tmp_path / "run") as daemons:
+    with Daemons(tmp_path / "run", forked=True) as daemons:
         start_all(daemons, STRATEGIES["fedavg"], [edge_settings("edge", first)], (endless,))
         daemons["fed"].until(partial(has_made, 2))
         daemons["fed"].kill()

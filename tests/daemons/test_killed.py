@@ -38,6 +38,7 @@ def test_an_edge_server_that_waits_for_the_others_ends_when_it_is_told_to(tmp_pa
             daemons.start("edge", edge_settings(name, device, listen=address, federation=fed))
         daemons["fed"].until(lambda fed: len(fed.events("join")) == 2)
         for name, number in told.items():
+            daemons[name].until(lambda edge: "listens on" in edge.log)
             daemons[name].process.send_signal(number)
         for name in told:
             daemons[name].until(lambda edge: "has stopped" in edge.log, 3)

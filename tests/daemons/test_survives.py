@@ -63,11 +63,11 @@ def step_of(daemon: Daemon) -> int:
 )
 def test_killed_or_stopped_and_started_again_it_comes_to_the_same(tmp_path: Path, deaths: Any) -> None:
     device = settings(tmp_path)
-    with Daemons(tmp_path / "undisturbed") as daemons:
+    with Daemons(tmp_path / "undisturbed", forked=True) as daemons:
         started(daemons, device)
         expected, losses = finish(daemons)
 
-    with Daemons(tmp_path / "disturbed") as daemons:
+    with Daemons(tmp_path / "disturbed", forked=True) as daemons:
         started(daemons, device)
         for at, names in deaths:
             daemons[DEVICE].until(lambda daemon, at=at: step_of(daemon) >= at)  # type: ignore[misc]

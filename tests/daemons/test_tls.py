@@ -40,7 +40,7 @@ def test_a_run_over_tls_and_strangers_who_get_nothing(tmp_path: Path) -> None:
     provided = served.model_dump(mode="json", exclude_none=True, exclude={"model", "task", "lora"}) | {
         "cache": str(tmp_path / "device-cache")  # of its half of the model, which its edge sends
     }
-    with Daemons(tmp_path / "run") as daemons:
+    with Daemons(tmp_path / "run", forked=True) as daemons:
         daemons.start("fed", plan.fed)
         daemons.start("edge", plan.edges[0])
         stranger = daemons.start("device", served.model_copy(update={"name": "stranger", "tls": TlsSettings()}))

@@ -52,7 +52,7 @@ def test_a_federation_is_seen_from_outside(tmp_path: Path) -> None:
         for settings in several_devices(tmp_path, model, (1, 2), steps=STEPS)
     ]
     edge = edge_settings("edge", devices[0], metrics_listen=addresses["edge"], report_s=0.2)
-    with Daemons(tmp_path / "run") as daemons:
+    with Daemons(tmp_path / "run", forked=True) as daemons:
         strategy = StrategySettings(name="fedavg", local_steps=10)
         start_all(daemons, strategy, [edge], devices, metrics_listen=addresses["fed"])
         federation, edge_address = (setting(daemons["device-1"], name) for name in ("federation", "edge"))

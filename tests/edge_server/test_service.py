@@ -20,7 +20,7 @@ import torch
 from sfl.adapters.state import edge_half, total
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.edge_server import service as service_module
-from sfl.errors import RefusedError, SflError
+from sfl.errors import RefusedError, SflError, UnreachableError
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import split_pb2, tensor_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -282,8 +282,8 @@ MALFORMED: dict[str, tuple[Callable[[Halves], Any], str]] = {
         lambda halves: [headers_only()(halves), DeviceMessage(evaluate=split_pb2.Evaluate())],
         "a new message began",
     ),
-    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), "more than the 1100000000 allowed"),
-    "8 GiB announced": (headers_only(shape=[2**33], byte_length=2**35), "more than"),
+    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), r"above limits.request_mb \(1100000000 bytes\)"),
+    "8 GiB announced": (headers_only(shape=[2**33], byte_length=2**35), "above limits.request_mb"),
     "step": (step_with(lambda tensors: None, step=3), "step 1 was due"),
     "version": (step_with(lambda tensors: None, version=1), "adopt first"),
     "too long": (long_text, "at most 128"),
@@ -308,7 +308,8 @@ def test_the_malformed_lose_their_stream_and_nobody_else_does(edge: ServedEdge) 
                     stranger.say(DeviceMessage(evaluate=split_pb2.Evaluate()), opened=False)
                 else:
                     stranger.say(*messages)
-            assert error.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION), case
+            codes = {"INVALID_ARGUMENT", "FAILED_PRECONDITION"} if "limits." not in reason else {"RESOURCE_EXHAUSTED"}
+            assert error.value.code().name in codes, case
             assert re.search(reason, str(error.value.details())), (case, error.value.details())
             found += stepped(edge, link, range(number, number + 1))
         link.close()
@@ -414,6 +415,31 @@ def test_a_lost_answer_to_close_is_answered_again(edge: ServedEdge) -> None:
         edge.stop()
         edge.start()
         link.close()
+
+
+def test_halves_that_could_not_be_sent_go_out_with_the_next_one_and_at_the_end(
+    edge: ServedEdge, caplog: pytest.LogCaptureFixture
+) -> None:
+    def arrived() -> list[str]:
+        return [header.submission for header, _ in edge.federation.submitted]
+
+    with caplog.at_level(logging.ERROR, "sfl"), linked(edge) as link:
+        for number in (1, 2):
+            stepped(edge, link, range(number, number + 1))
+            edge.federation.failure = UnreachableError("no route")
+            link.submit(f"device-1/{number}", 0)
+            eventually(lambda number=number: f"submission device-1/{number} waits: no route" in caplog.text)
+        assert arrived() == []
+        edge.federation.failure = None
+        stepped(edge, link, range(3, 4))
+        link.submit("device-1/3", 0)
+        eventually(lambda: sorted(arrived()) == ["device-1/1", "device-1/2", "device-1/3"])
+        edge.federation.failure = UnreachableError("no route")
+        link.submit("device-1/4", 0)
+        eventually(lambda: "submission device-1/4 waits" in caplog.text)
+        edge.federation.failure = None
+        link.close()
+    assert sorted(arrived()) == [f"device-1/{number}" for number in range(1, 5)], "each once"
 
 
 def test_a_half_that_is_lost_is_told_to_its_own_session_only(edge: ServedEdge, caplog: pytest.LogCaptureFixture) -> None:

@@ -78,6 +78,36 @@ def test_what_a_version_did_not_count_is_told_with_the_reason(tmp_path: Path) ->
     assert ledger.check(tmp_path) == ledger.Balance(accepted=2, counted=1, refused=1)
 
 
+def test_what_made_no_version_is_told_and_never_taken_again(tmp_path: Path) -> None:
+    strategy = {"name": "gsfs", "quorum": 0.5}
+    fed = begun(tmp_path, strategy=strategy)
+    fed.submit(half("device", "a", "s/1"), device_half(adapter(1), 1))
+    next((tmp_path / "pool").glob("*-device*")).write_bytes(b"the disk is failing")
+    fed.submit(half("edge", "a", "s/1"), edge_half(adapter(1), 1))
+    (dropped,) = lines(tmp_path, "dropped")
+    assert (dropped["device"], dropped["submission"]) == ("a", "s/1") and "cannot be read" in dropped["reason"]
+    assert fed.version == 0 and ledger.check(tmp_path) == ledger.Balance(accepted=1, dropped=1)
+    fed.close()
+    again = server(tmp_path, strategy=strategy)
+    submit(again, "a", adapter(1), "s/1")
+    assert again.version == 0 and again.submissions == 1
+    submit(again, "a", adapter(1), "s/2")
+    assert again.version == 1 and ledger.check(tmp_path) == ledger.Balance(accepted=2, counted=1, dropped=1)
+
+
+def test_what_came_whole_after_a_half_of_it_had_expired_counts_at_the_next_server_too(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = begun(tmp_path, clock, half_expires_s=600, strategy={"name": "gsfs", "quorum": 1.0})
+    fed.submit(half("device", "a", "s/1"), device_half(adapter(1), 1))
+    clock.now += 601
+    fed.tick()
+    submit(fed, "a", adapter(1), "s/1")
+    assert keys(tmp_path, "dropped") == keys(tmp_path, "accepted") == [("a", "s/1")]
+    fed.close()
+    again = server(tmp_path, strategy={"name": "gsfs", "quorum": 1.0})
+    assert again.pooled() == ["a"] and ledger.check(tmp_path) == ledger.Balance(accepted=1, pooled=1, dropped=1)
+
+
 def test_what_is_left_out_at_the_end_and_what_is_too_old_is_told(tmp_path: Path) -> None:
     strategy = {"name": "gsfs-printed", "quorum": 1.0, "max_lag": 1}
     clock = Clock()

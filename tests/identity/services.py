@@ -38,7 +38,8 @@ def federation_server(
     fed = federation(folder, devices, labels=("benign", "scan"))
     guard = Guard(limits or LimitSettings()) if certificates is None else certificates.guard("fed", limits, fed.serves)
     node = certificates and certificates.node("fed")
-    with behind(guard, node, lambda server: add_FederationServicer_to_server(FederationService(fed), server)) as address:
+    service = FederationService(fed, limits=limits)
+    with behind(guard, node, lambda server: add_FederationServicer_to_server(service, server)) as address:
         yield address, fed, guard
 
 

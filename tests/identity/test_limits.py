@@ -22,7 +22,7 @@ from sfl.wire.adapters import to_tensors
 from sfl.wire.frames import Traffic, frames
 from sfl.wire.split import batch_to_wire, open_to_wire
 from tests.fed_server.made import adapter
-from tests.fed_server.test_service import join_request, update
+from tests.fed_server.test_service import PROPOSAL, join_request, update
 from tests.identity.made import dialled, refused
 from tests.identity.services import Requests, edge_server, federation_server, linked
 
@@ -173,9 +173,18 @@ def test_one_session_too_many_is_refused_by_name_and_the_others_go_on(tmp_path: 
 def test_a_batch_above_the_limit_costs_its_sender_the_stream(tmp_path: Path) -> None:
     with edge_server(tmp_path, None, LimitSettings(request_mb=1e-4)) as (address, halves, _):
         link = linked(address, halves.request("a"))
-        with pytest.raises(RefusedError, match="more than the 100 allowed here"):
+        with pytest.raises(RefusedError, match=r"above limits.request_mb \(100 bytes\)") as no:
             link.step(1, 0, halves.batch(1))
+        assert no.value.number == LimitError.number
         link.hang_up()
+
+
+def test_an_adapter_above_the_limit_is_refused_by_name(tmp_path: Path) -> None:
+    with federation_server(tmp_path, None, LimitSettings(adapter_mb=1e-4)) as (address, *_), dialled(address, None) as channel:
+        message = pb.AdapterMessage(proposal=PROPOSAL)
+        whole = list(frames(message, to_tensors(adapter(0)), Traffic()))
+        status, why = refused(lambda: FederationStub(channel).Propose(iter(whole), timeout=5))
+        assert status == "RESOURCE_EXHAUSTED" and "above limits.adapter_mb (100 bytes)" in why
 
 
 def test_hundreds_of_calls_leave_nothing_behind(tmp_path: Path) -> None:
