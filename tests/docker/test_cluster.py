@@ -1,7 +1,7 @@
 """The cluster of docker/compose.yml on a real engine: images, and a run in which a device and an edge server are killed.
 
-Prints what was seen. Needs an engine, the demo's model, and a filled docker/wheelhouse or a package index. SFL_STEPS sets how long
-the run is.
+Prints what was seen. Needs an engine, the demo's model, and a filled docker/wheelhouse or a package index. SFL_STEPS sets how
+long the run is.
 """
 
 from __future__ import annotations
