@@ -16,6 +16,7 @@ from sfl.cluster.plan import free_addresses
 from sfl.settings import StrategySettings
 from tests.daemons.processes import WAIT_S, Daemon, Daemons
 from tests.daemons.runs import edge_settings, several_devices, start_all, stop_servers
+from tests.docker.files import asked_for, shown
 from tests.tiny import save_tiny_model
 
 STEPS = 5000  # more than anyone waits for
@@ -89,6 +90,7 @@ def test_a_federation_is_seen_from_outside(tmp_path: Path) -> None:
             text = page(addresses[name], "/metrics")
             assert [line for line in lines if line not in text] == [], name
             assert json.loads(page(addresses[name], "/healthz"))["ready"] is True
+        assert asked_for() - shown(page(address, "/metrics") for address in addresses.values()) == set()
         assert sfl("health", federation) == "serving\n"
         assert sfl("health", edge_address, "--service", "sfl.v1.SplitTraining") == "serving\n"
 
