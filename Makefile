@@ -45,17 +45,17 @@ stubs: $(READY)
 	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/sfl/v1/*.proto
 
 wheelhouse: $(READY)
-	@docker/wheelhouse.sh $(ARGS)
+	@PYTHON=$(BIN)/python docker/wheelhouse.sh $(ARGS)
 
 images:
-	@docker/cluster.sh images
+	@PYTHON=$(BIN)/python docker/cluster.sh images
 
 # Without data and model of one's own, the environment makes up logs and has the model of the demo.
 cluster-up: images $(if $(and $(SFL_DATA),$(SFL_MODEL)),,$(READY))
-	@docker/cluster.sh up
+	@PYTHON=$(BIN)/python docker/cluster.sh up
 
 cluster-wait cluster-status cluster-down:
-	@docker/cluster.sh $(@:cluster-%=%) $(ARGS)
+	@PYTHON=$(BIN)/python docker/cluster.sh $(@:cluster-%=%) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
