@@ -16,7 +16,7 @@ from sfl.edge_server.engine import EdgeEngine, Session
 from sfl.errors import WireError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire
-from sfl.simulated_time import Clock, Pace, Post
+from sfl.simulated_time import Clock, DeviceSpeed, Post
 from sfl.v1 import federation_pb2, split_pb2
 from sfl.v1.federation_pb2 import AdapterMessage, UpdateHeader
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -64,7 +64,7 @@ class Pipe(Generic[Frame]):
 class LocalFederation:
     """The federation server as the member `name` reaches it; `server` is the server's own traffic.
 
-    `tamper` may put other tensors in the place of an update's before they are sent. Transfers take the time that `pace` says and
+    `tamper` may put other tensors in the place of an update's before they are sent. Transfers take the time that `speed` says and
     are told to `uplink`; a submission arrives by `post`, or without one at once.
     """
 
@@ -75,7 +75,7 @@ class LocalFederation:
         server: Traffic,
         *,
         rank: int = 0,
-        pace: Pace | None = None,
+        speed: DeviceSpeed | None = None,
         clock: Clock | None = None,
         post: Post | None = None,
         tamper: Tamper | None = None,
@@ -85,7 +85,7 @@ class LocalFederation:
         self._federation = federation
         self._name = name
         self._rank = rank
-        self._pace = pace or Pace()
+        self._speed = speed or DeviceSpeed()
         self._clock = clock or Clock()
         self._post = post
         self._tamper = tamper
@@ -105,8 +105,8 @@ class LocalFederation:
         message = AdapterMessage(version=federation_pb2.VersionHeader(version=version))
         before = self.traffic.received
         state = from_tensors(self._down.carry(message, to_tensors(state))[1])
-        self._clock.now += self._pace.transfer_s(self.traffic.received - before)
-        self.uplink.answered(max(self._pace.round_trip_s, _NO_TIME_S))
+        self._clock.now += self._speed.transfer_s(self.traffic.received - before)
+        self.uplink.answered(max(self._speed.round_trip_s, _NO_TIME_S))
         return state
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> None:
@@ -116,7 +116,7 @@ class LocalFederation:
         message.update.CopyFrom(header)
         before = self.traffic.sent
         arrived, tensors = self._up.carry(message, to_tensors(state))
-        seconds = self._pace.transfer_s(self.traffic.sent - before)
+        seconds = self._speed.transfer_s(self.traffic.sent - before)
         self._clock.now += seconds
         try:
             half, sent = half_from_wire(arrived.update), from_tensors(tensors)
@@ -162,12 +162,12 @@ class LocalEdge:
     """The edge server as one device reaches it. Its half of a submission reaches the federation server before the device's."""
 
     def __init__(
-        self, server: LocalEdgeServer, request: SessionRequest, pace: Pace | None = None, clock: Clock | None = None
+        self, server: LocalEdgeServer, request: SessionRequest, speed: DeviceSpeed | None = None, clock: Clock | None = None
     ) -> None:
         self.traffic = Traffic()
         self._server = server
         self._engine = server.engine
-        self._pace = pace or Pace()
+        self._speed = speed or DeviceSpeed()
         self._clock = clock or Clock()
         self._up: Pipe[DeviceMessage] = Pipe(self.traffic, server.traffic)
         self._down: Pipe[EdgeMessage] = Pipe(server.traffic, self.traffic)
@@ -186,7 +186,7 @@ class LocalEdge:
         asked, factor = arrived.step, rate_factor_from_wire(arrived.step)
         done, answer = step_to_wire(self._engine.step(self._session, asked.step, asked.version, self._batch(tensors), factor))
         reply, tensors = self._down.carry(EdgeMessage(step=done), answer)
-        self._clock.now += self._pace.step_s
+        self._clock.now += self._speed.step_s
         return step_from_wire(reply.step, tensors, batch.activation)
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:

@@ -37,7 +37,7 @@ from sfl.model.cut import DeviceHalf, EdgeHalf
 from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings, WorkerSettings
-from sfl.simulated_time import Clock, Pace, Post
+from sfl.simulated_time import Clock, DeviceSpeed, Post
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2
 from sfl.wire.frames import Traffic
@@ -109,7 +109,7 @@ class Simulated:
 class Conditions:
     """What a simulation has that daemons have not: who is how fast, examples that replace a device's own, tampered updates."""
 
-    paces: Mapping[str, Pace] = field(default_factory=dict)
+    speeds: Mapping[str, DeviceSpeed] = field(default_factory=dict)
     splits: Mapping[str, Splits] = field(default_factory=dict)
     tamper: Tamper | None = None
 
@@ -223,24 +223,24 @@ def _begin(
     if federation.agreement is None or version is None:
         raise SettingsError("a run needs the agreement and version 0")
     half, slots = halves.device(device)
-    pace, clock = conditions.paces.get(settings.name, Pace()), Clock()
+    speed, clock = conditions.speeds.get(settings.name, DeviceSpeed()), Clock()
     link = LocalFederation(
-        federation, settings.name, traffic, rank=device.rank, pace=pace, clock=clock, post=post, tamper=conditions.tamper
+        federation, settings.name, traffic, rank=device.rank, speed=speed, clock=clock, post=post, tamper=conditions.tamper
     )
     policy = federation.policy(device.settings.name)
     adapter = device.adapter(slots, link.fetch(version, 0, device.cut), version, policy)
-    edge = LocalEdge(server, device.session_request(version, policy), pace, clock)
+    edge = LocalEdge(server, device.session_request(version, policy), speed, clock)
     plan = device.plan(federation.agreement.labels)
-    plan = replace(plan, validation=partial(_timed, plan.validation, pace, clock))
+    plan = replace(plan, validation=partial(_timed, plan.validation, speed, clock))
     trainer = DeviceTrainer(half, adapter, edge, settings.task, settings.micro_batch)
     run = DeviceRun(plan, trainer, policy, link, metrics, (edge.traffic, link.traffic), link.uplink, clock)
     turns = _own_chance(run, dropout_seed(settings.seed, settings.name, "device"))
     return _Running(run, turns, clock, trainer, edge, link)
 
 
-def _timed(validation: Callable[[], Iterable[Batch]], pace: Pace, clock: Clock) -> Iterator[Batch]:
+def _timed(validation: Callable[[], Iterable[Batch]], speed: DeviceSpeed, clock: Clock) -> Iterator[Batch]:
     for batch in validation():
-        clock.now += pace.validation_s
+        clock.now += speed.validation_s
         yield batch
 
 

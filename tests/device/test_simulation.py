@@ -16,7 +16,7 @@ from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
 from sfl.errors import SettingsError, SflError
 from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
-from sfl.simulated_time import Pace
+from sfl.simulated_time import DeviceSpeed
 from sfl.simulation import Conditions, LoadedHalves, Simulated, simulate
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import DEVICE, UpdateHeader
@@ -131,8 +131,8 @@ def test_halves_that_are_loaded_once_train_as_fresh_ones(tmp_path: Path) -> None
 
 def test_a_round_ends_with_the_slowest_device_and_its_link(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
-    paces = {"device-0": Pace(0.1), "device-1": Pace(0.5, bytes_per_s=1e4, round_trip_s=2.0)}
-    found = run(tmp_path, "out", devices(tmp_path, model, [1, 2]), conditions=Conditions(paces))
+    speeds = {"device-0": DeviceSpeed(0.1), "device-1": DeviceSpeed(0.5, bytes_per_s=1e4, round_trip_s=2.0)}
+    found = run(tmp_path, "out", devices(tmp_path, model, [1, 2]), conditions=Conditions(speeds))
     times = [came.simulated_s for came in found.published]
     sent = found.device_traffic["device-1"][1].sent / 3  # the three are equally large
     received = found.device_traffic["device-1"][1].received / 3  # versions 0 to 2
@@ -144,7 +144,7 @@ def test_a_round_ends_with_the_slowest_device_and_its_link(tmp_path: Path) -> No
 
 def test_who_does_not_wait_goes_on_while_another_uploads(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
-    slow = {"device-1": Pace(0.1, bytes_per_s=1e3)}
+    slow = {"device-1": DeviceSpeed(0.1, bytes_per_s=1e3)}
     settings = devices(tmp_path, model, [1, 2])
     run(tmp_path, "even", settings, "gsfs")
     run(tmp_path, "slow", settings, "gsfs", conditions=Conditions(slow))
@@ -203,13 +203,13 @@ def test_a_device_whose_loss_is_not_finite_ends_alone_and_the_last_one_with_the_
         run(tmp_path, "all", [wild], "gsfs")
 
 
-def test_fedbuff_wastes_no_step_however_unequal_the_paces(tmp_path: Path) -> None:
+def test_fedbuff_wastes_no_step_however_unequal_the_speeds(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
-    paces = {"device-0": Pace(0.1), "device-1": Pace(0.35)}
+    speeds = {"device-0": DeviceSpeed(0.1), "device-1": DeviceSpeed(0.35)}
     chosen = StrategySettings(name="fedbuff", local_steps=3, buffer=1)
     settings = devices(tmp_path, model, [1, 2])
-    simulate(FedSettings(devices=2, strategy=chosen), settings, tmp_path / "out", conditions=Conditions(paces))
-    adopted = {name: events(tmp_path / "out" / name, "adopt") for name in paces}
+    simulate(FedSettings(devices=2, strategy=chosen), settings, tmp_path / "out", conditions=Conditions(speeds))
+    adopted = {name: events(tmp_path / "out" / name, "adopt") for name in speeds}
     assert all(event["dropped_steps"] == 0 and event["step"] % 3 == 0 for found in adopted.values() for event in found)
     assert len(adopted["device-1"]) == 2
     made = events(tmp_path / "out" / "fed", "aggregate")
