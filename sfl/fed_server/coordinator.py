@@ -66,10 +66,10 @@ class Federation:
         self._store = store
         self._metrics = metrics
         newest = store.newest()
-        remembered = None
+        earlier = None
         if newest is not None:
-            remembered = server_state.load(store, newest, make_strategy(settings.strategy), settings.privacy.on)
-        self._aggregation = Aggregation(settings, remembered)
+            earlier = server_state.load(store, newest, make_strategy(settings.strategy), settings.privacy.on)
+        self._aggregation = Aggregation(settings, earlier)
         self._strategy = self._aggregation.strategy
         self._pool = Pool(pool, settings.half_expires_s, clock)
         self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None

@@ -1,4 +1,4 @@
-"""What the federation server remembers with a version, in files beside the adapter, so that one started anew goes on from it.
+"""The server state of a version in files beside the adapter, so that a server started anew goes on from it.
 
 `devices.json` holds the weights of the devices whose updates made the version. `server_state.safetensors` holds the server
 optimiser's moments, each tensor under STRATEGY/MOMENT/KEY; it is there only with such an optimiser. `privacy.json` holds what
@@ -17,8 +17,8 @@ from safetensors.numpy import save as save_tensors
 
 from sfl.adapters.state import AdapterKey
 from sfl.errors import AdapterError
-from sfl.fed_server.aggregation import Aggregated, Remembered
-from sfl.fed_server.strategies import Memory, Strategy
+from sfl.fed_server.aggregation import Aggregated, ServerState
+from sfl.fed_server.strategies import Moments, Strategy
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.telemetry import log
 
@@ -26,33 +26,33 @@ DEVICES, MOMENTS, SPENT = "devices.json", "server_state.safetensors", "privacy.j
 
 
 def files(done: Aggregated, strategy: str) -> dict[str, bytes]:
-    """The files with what is to be remembered of `done`, by name."""
+    """The files with the server state of `done`, by name."""
     found = {DEVICES: json.dumps(done.weights).encode()}
-    if done.remembered.moments:
-        moments = done.remembered.moments.items()
+    if done.server_state.moments:
+        moments = done.server_state.moments.items()
         found[MOMENTS] = save_tensors(
             {f"{strategy}/{name}/{key}": value for name, state in moments for key, value in state.items()}
         )
-    if done.remembered.spent:
-        spent = {device: value if math.isfinite(value) else str(value) for device, value in done.remembered.spent.items()}
+    if done.server_state.spent:
+        spent = {device: value if math.isfinite(value) else str(value) for device, value in done.server_state.spent.items()}
         found[SPENT] = json.dumps(spent).encode()  # JSON has no infinity
     return found
 
 
-def load(store: VersionStore, newest: Version, strategy: Strategy, private: bool) -> Remembered:
-    """What was remembered up to `newest`; of moments only those of `strategy`, and what was spent only if it is `private` now.
+def load(store: VersionStore, newest: Version, strategy: Strategy, private: bool) -> ServerState:
+    """The server state up to `newest`; of moments only those of `strategy`, and what was spent only if it is `private` now.
 
     Raises `AdapterError` when a file is damaged or one that is needed is missing, or its moments are not of that version's
     tensors.
     """
     moments = _load_moments(store, newest.number, strategy.settings.name)
     try:
-        strategy.check_memory(moments, newest.state)
+        strategy.check_moments(moments, newest.state)
     except AdapterError as error:
         raise AdapterError(
             f"{MOMENTS} of version {newest.number} does not belong to it: {error}; delete that file to begin without moments"
         ) from error
-    return Remembered(moments, _spent(store, newest.number) if private else {})
+    return ServerState(moments, _spent(store, newest.number) if private else {})
 
 
 def _spent(store: VersionStore, newest: int) -> dict[str, float]:
@@ -85,19 +85,19 @@ def _figures(store: VersionStore, version: int, name: str) -> dict[str, float] |
     return figures
 
 
-def _load_moments(store: VersionStore, version: int, strategy: str) -> Memory:
+def _load_moments(store: VersionStore, version: int, strategy: str) -> Moments:
     """Nothing where another strategy had made the version, which is logged."""
     content = store.extra(version, MOMENTS)
-    memory: Memory = {}
+    found: Moments = {}
     if content is None:
-        return memory
+        return found
     try:
         for name, value in load_tensors(content).items():
             whose, moment, key = name.split("/", 2)
             if whose != strategy:
                 log.warning("version %d was made by %s: %s begins without its moments", version, whose, strategy)
                 return {}
-            memory.setdefault(moment, {})[AdapterKey.parse(key)] = value
+            found.setdefault(moment, {})[AdapterKey.parse(key)] = value
     except (SafetensorError, ValueError, AdapterError) as error:
         raise AdapterError(f"{MOMENTS} of version {version} is damaged: {error}") from error
-    return memory
+    return found

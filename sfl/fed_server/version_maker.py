@@ -118,7 +118,7 @@ class VersionMaker:
         except AdapterError as error:  # would come again at every tick
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
-            done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
+            done = Aggregated(newest.state, self._aggregation.server_state, rejected=lost)
         if not done.weights and not self._aggregation.strategy.waits:
             self._pool.remove(taken)
             self._tell_refused(newest.number + 1, done)
