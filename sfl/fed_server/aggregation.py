@@ -14,14 +14,14 @@ at a time, so memory does not grow with their number, except for rules that say 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sfl.adapters.state import AdapterKey, AdapterState, trained_part
+from sfl.adapters.state import AdapterState, trained_part
 from sfl.errors import AdapterError, SettingsError, UpdateError
 from sfl.fed_server.merges import make_merge
 from sfl.fed_server.privacy import Privacy
@@ -144,12 +144,8 @@ class Aggregation:
         """The one update that `rule` makes of all."""
         delta = rule.combine(updates, weights)
         largest = max(updates, key=lambda update: update.rank)
-
-        def read(keys: Collection[AdapterKey] | None) -> AdapterState:
-            return {key: value for key, value in delta.items() if keys is None or key in keys}
-
-        name = f"{rule.name} of {len(updates)}"
-        return dataclasses.replace(largest, device=name, read=read, base=lambda: self.merge.view(state, largest.rank))
+        name, base = f"{rule.name} of {len(updates)}", lambda: self.merge.view(state, largest.rank)
+        return dataclasses.replace(largest.holding(delta), device=name, base=base)
 
 
 def _require_finite(state: AdapterState) -> None:

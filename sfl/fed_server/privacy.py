@@ -37,7 +37,6 @@ import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.errors import AdapterError, SettingsError
-from sfl.fed_server.robust.norms import norm, scaled
 from sfl.fed_server.updates import Update, by_device
 from sfl.federation_settings import PrivacySettings
 from sfl.telemetry import log
@@ -92,10 +91,10 @@ class Privacy:
                     f" it past privacy.epsilon {self._settings.epsilon:g}"
                 )
                 continue
-            size = norm(update) if self._settings.on else 0.0
+            size = update.norm() if self._settings.on else 0.0
             if size > self._settings.clip:
                 clipped[update.device] = self._settings.clip / size
-                update = scaled(update, clipped[update.device])
+                update = update.scaled(clipped[update.device])
             admitted.append(update)
         return Admitted(admitted, refused, clipped)
 
