@@ -97,6 +97,10 @@ class LocalFederation:
         return self._federation.version
 
     @property
+    def policy(self) -> federation_pb2.UploadPolicy:
+        return self._federation.policy(self._name)
+
+    @property
     def finished(self) -> bool:
         return self._federation.finished
 

@@ -32,6 +32,10 @@ class FederationLink(Protocol):
         """The newest published version."""
 
     @property
+    def policy(self) -> UploadPolicy | None:
+        """The upload policy as it was announced last."""
+
+    @property
     def finished(self) -> bool:
         """Whether there will be no further version."""
 
@@ -63,7 +67,8 @@ class RunPlan:
 
 
 class DeviceRun:
-    """`steps` local steps under the federation's upload policy.
+    """`steps` local steps under the federation's upload policy. The one that was announced last says how far apart uploads are;
+    the rest stays as in `policy`, with which the adapter was made.
 
     `uplink` is told of each transfer by whoever makes it, the federation's client; while it has heard of none, uploads are as
     if it did not matter. `clock` gives seconds that never go back. Raises `WireError` for a policy that this version
@@ -108,6 +113,8 @@ class DeviceRun:
             self._rule.after_adoption(self._validate())
         while self.steps < self._plan.steps:
             self._adopt_newest()
+            if (policy := self._federation.policy) is not None:
+                self._rule.follow(policy)
             trigger = self._step(next(self._plan.batches))
             if trigger is not None:
                 self._submit(trigger)

@@ -41,7 +41,7 @@ class Placement:
 class Federation:
     """All that the federation server decides. No gRPC, no asyncio: one thread calls it, and `tick` once a second.
 
-    `on_change` is called when something has changed that watchers should hear: `agreement`, `examples`, `version`,
+    `on_change` is called when something has changed that watchers should hear: `agreement`, `policy`, `version`,
     `finished`, `failure`, or the number of joined devices. `clock` gives seconds that never go back. Updates wait on disk in
     `pool`, without it in a temporary folder. Raises `SettingsError` for labels that cannot be, or are not those of the
     versions that the store resumes from, and for a robust rule that the expected devices are too few for.
@@ -60,6 +60,7 @@ class Federation:
         self.failure: SflError | None = None  # why no agreement will ever be reached
         self.finished = False
         self.refused = 0  # updates
+        self._gathered: tuple[int, int] | None = None  # devices and their examples, once all have joined or time is up
         if len(settings.labels) == 1:
             raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
@@ -136,10 +137,13 @@ class Federation:
         return self._aggregation.epsilons()
 
     def policy(self, name: str) -> pb.UploadPolicy:
-        """When the member `name` uploads, and how it trains; paced by what it has of the data of all that have joined."""
-        devices = self._roster.devices()
-        own, all_of_them = self._roster.get(name).examples, sum(device.examples for device in devices)
-        return self._aggregation.policy(own * len(devices) / all_of_them if own else 1.0)
+        """When the member `name` uploads, and how it trains; paced by what it has of the data of all once they have joined, and
+        until then as the settings say, so that it does not matter who comes first."""
+        own = self._roster.get(name).examples
+        if self._gathered is None or not own:
+            return self._aggregation.policy()
+        devices, examples = self._gathered
+        return self._aggregation.policy(own * devices / examples)
 
     # Joining and agreeing
 
@@ -162,6 +166,7 @@ class Federation:
             log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
         self._agree()
+        self._gathered = self._roster.gathered()
         self.on_change()
 
     def _agree(self) -> None:
@@ -337,6 +342,9 @@ class Federation:
             self._forget_away()
         if self.finished:
             return
+        if self._gathered is None and (gathered := self._roster.gathered()) is not None:  # the others are not expected any more
+            self._gathered = gathered
+            self.on_change()
         if self._roster.all_done() and self.version is not None:
             self._finish()
         elif self._maker.make_if_due():

@@ -241,6 +241,11 @@ class Roster:
         """Number of devices that are expected to join yet: none once the time for it is over."""
         return 0 if self._clock() > self._join_until else max(0, self._expected - len(self.devices()))
 
+    def gathered(self) -> tuple[int, int] | None:
+        """How many devices have joined, and their training examples; None while some are expected yet, or none has."""
+        devices = self.devices()
+        return (len(devices), sum(device.examples for device in devices)) if devices and not self.missing() else None
+
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
         self._entry(name).seen = self._clock()

@@ -140,6 +140,11 @@ class FederationClient:
         return self._newest
 
     @property
+    def policy(self) -> pb.UploadPolicy | None:
+        """The upload policy that was announced last, None before the agreement; never blocks."""
+        return None if self._agreement is None else self._agreement.policy
+
+    @property
     def finished(self) -> bool:
         """Whether the last device has left; never blocks. Raises why nothing is heard any more."""
         self._require_watch()

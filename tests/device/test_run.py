@@ -44,6 +44,7 @@ class Diary:
         self.adapter = SimpleNamespace(version=0)
         self.newest: int | None = 0
         self.finished = False
+        self.policy: UploadPolicy | None = None
         self.said: list[str] = []
         self.headers: list[UpdateHeader] = []
         self.rate_factors: list[float] = []
@@ -195,6 +196,30 @@ def test_who_adopts_after_uploads_alone_finishes_its_steps_first(tmp_path: Path)
     ]
     assert [(h.version, h.steps) for h in diary.headers] == [(0, 3), (1, 3), (1, 1)]
     assert [event["dropped_steps"] for event in events(tmp_path, "adopt")] == [0]
+
+
+def test_uploads_are_as_far_apart_as_the_policy_says_that_was_announced_last(tmp_path: Path) -> None:
+    def every(steps: int, keep: bool = True) -> UploadPolicy:
+        return UploadPolicy(keep_progress=keep, triggered=Triggered(alpha=0.5, beta=9, min_steps=steps, max_steps=steps))
+
+    diary = Diary()
+    run = iter(made(diary, every(5), 20, tmp_path))
+    for _ in range(3):
+        next(run)
+    diary.policy = every(2, keep=False)
+    assert next(run) == Progress.TRAINED and uploads_at(tmp_path) == [4], "between two steps, and at once if it is time"
+    next(run)
+    diary.policy, diary.newest = every(4), 1
+    list(run)
+    assert uploads_at(tmp_path) == [4, 8, 12, 16, 20]
+    assert [event["dropped_steps"] for event in events(tmp_path, "adopt")] == [0], "the rest is as it was at the start"
+
+
+def test_rounds_are_what_they_were_at_the_start(tmp_path: Path) -> None:
+    diary = Diary()
+    diary.finished, diary.policy = True, UploadPolicy(triggered=Triggered(min_steps=1, max_steps=1))
+    list(made(diary, rounds(), 6, tmp_path))
+    assert uploads_at(tmp_path) == [2, 4, 6]
 
 
 def test_what_an_adoption_dropped_is_not_submitted() -> None:

@@ -168,6 +168,17 @@ def test_ranks_travel_and_each_device_is_told_its_own_pace(tmp_path: Path) -> No
         assert same(b.fetch(0), adapter(0))
 
 
+def test_a_device_that_trains_already_is_told_its_pace_when_the_others_have_come(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2, labels=("benign", "scan"), strategy={"name": "gsfs", "min_steps": 10, "pace": 1.0})
+    with serving(fed) as (address, _), clients(address, "a", "b") as (a, b):
+        assert a.policy is None
+        a.join(join_request("a"))
+        assert a.agreement(10).policy.triggered.min_steps == 10
+        b.join(join_request("b", examples=30))
+        until(lambda: a.policy is not None and a.policy.triggered.min_steps == 20)
+        assert b.agreement(10).policy.triggered.min_steps == round(10 / 1.5)
+
+
 def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fed = federation(tmp_path, 1)
     tries: list[int] = []
