@@ -200,7 +200,9 @@ def _edge(
     if federation.agreement is None:
         raise SettingsError("an edge needs the agreement of all devices")
     request = first.join_request()
-    request.name, request.role, request.cut, request.rank = _EDGE, federation_pb2.EDGE, settings.lowest_cut, 0
+    request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, settings.lowest_cut
+    for of_devices in ("examples", "labels", "columns", "max_length", "rank"):
+        request.ClearField(of_devices)
     federation.join(member_from_wire(request))
     half, slots, initial = halves.edge(settings, first.lora, federation.agreement.labels)
     head = half.family.head if settings.task == "classification" else ()

@@ -234,7 +234,8 @@ class Roster:
 
     def examples(self, pooled: AbstractSet[str]) -> int:
         """Training examples of all devices that are present, have left or are among `pooled`: not of those that died."""
-        counted = (e for name, e in self._entries.items() if e.left or name in pooled or self._present(e))
+        devices = ((name, entry) for name, entry in self._entries.items() if entry.member.role == "device")
+        counted = (entry for name, entry in devices if entry.left or name in pooled or self._present(entry))
         return sum(entry.member.examples for entry in counted)
 
     def missing(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from sfl.adapters.state import device_half, edge_half, total
 from sfl.telemetry import MetricsWriter
-from tests.fed_server.made import Clock, adapter, aggregations, device, half, same, started, submit, told
+from tests.fed_server.made import Clock, adapter, aggregations, device, edge, half, same, started, submit, told
 
 # Of updates
 
@@ -57,6 +57,16 @@ def test_devices_that_died_have_no_share_and_those_that_left_keep_theirs(tmp_pat
     (first, second) = aggregations(tmp_path)
     assert first["devices"] == pytest.approx({"d": 1 / 3}), "in the pool, though it died; c died without an update"
     assert second["devices"] == pytest.approx({"a": 1 / 2})
+
+
+def test_an_edge_server_has_no_share_whatever_it_says(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics)
+    fed.join(edge("another", examples=1000))
+    submit(fed, "a", adapter(1))
+    submit(fed, "b", adapter(2))
+    (event,) = aggregations(tmp_path)
+    assert event["devices"] == {"a": 0.5, "b": 0.5}
 
 
 def test_an_aggregation_tells_what_its_updates_were_made_of(tmp_path: Path) -> None:
