@@ -23,20 +23,22 @@ from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.wire.adapters import from_tensors, to_tensors
 from sfl.wire.frames import Assembler, Frame, Traffic, frames
 from sfl.wire.split import (
+    ORDINARY,
     CutBatch,
     Evaluation,
     SessionRequest,
     StepResult,
+    StepTerms,
     batch_from_wire,
     batch_to_wire,
     evaluation_from_wire,
     evaluation_to_wire,
     open_from_wire,
     open_to_wire,
-    rate_factor_from_wire,
     step_from_wire,
     step_request,
     step_to_wire,
+    terms_from_wire,
 )
 from sfl.wire.tensors import RawTensor
 
@@ -184,11 +186,12 @@ class LocalEdge:
         self._down.carry(EdgeMessage(opened=split_pb2.Opened(last_step=session.last_step)))
         return session
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        message = DeviceMessage(step=step_request(step, version, rate_factor))
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY) -> StepResult:
+        message = DeviceMessage(step=step_request(step, version, terms))
         arrived, tensors = self._up.carry(message, batch_to_wire(batch))
-        asked, factor = arrived.step, rate_factor_from_wire(arrived.step)
-        done, answer = step_to_wire(self._engine.step(self._session, asked.step, asked.version, self._batch(tensors), factor))
+        asked = arrived.step
+        result = self._engine.step(self._session, asked.step, asked.version, self._batch(tensors), terms_from_wire(asked))
+        done, answer = step_to_wire(result)
         reply, tensors = self._down.carry(EdgeMessage(step=done), answer)
         self._clock.now += self._speed.step_s
         return step_from_wire(reply.step, tensors, batch.activation)

@@ -17,10 +17,12 @@ from sfl.v1.split_pb2_grpc import SplitTrainingStub
 from sfl.wire.channel import SILENCE_S, dial, error_from
 from sfl.wire.frames import Assembler, Traffic, frames
 from sfl.wire.split import (
+    ORDINARY,
     CutBatch,
     Evaluation,
     SessionRequest,
     StepResult,
+    StepTerms,
     batch_to_wire,
     evaluation_from_wire,
     open_to_wire,
@@ -53,8 +55,8 @@ class GrpcEdgeLink:
             self.hang_up()
             raise
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        reply, tensors = self._ask(DeviceMessage(step=step_request(step, version, rate_factor)), batch_to_wire(batch))
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY) -> StepResult:
+        reply, tensors = self._ask(DeviceMessage(step=step_request(step, version, terms)), batch_to_wire(batch))
         self._require(reply, "step")
         result = step_from_wire(reply.step, tensors, batch.activation)
         self._steps_done = step

@@ -20,6 +20,7 @@ from sfl.errors import DataError
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import DEVICE, UpdateHeader, UploadPolicy
 from sfl.wire.frames import Traffic
+from sfl.wire.split import StepTerms
 
 _RECENT_STEPS = 16  # whose median is what a step takes
 
@@ -67,8 +68,8 @@ class RunPlan:
 
 
 class DeviceRun:
-    """`steps` local steps under the federation's upload policy. The one that was announced last says how far apart uploads are;
-    the rest stays as in `policy`, with which the adapter was made.
+    """`steps` local steps under the federation's upload policy. The one that was announced last says how far apart uploads are
+    and what the logits' offsets are; the rest stays as in `policy`, with which the adapter was made.
 
     `uplink` is told of each transfer by whoever makes it, the federation's client; while it has heard of none, uploads are as
     if it did not matter. `clock` gives seconds that never go back. Raises `WireError` for a policy that this version
@@ -134,12 +135,13 @@ class DeviceRun:
     def _step(self, batch: Batch) -> str | None:
         """One step; the name of the trigger that fired, if any."""
         rate_factor = 1.0 if self._rate is None else self._rate.factor
+        terms = StepTerms(rate_factor, tuple((self._federation.policy or self._policy).logit_offsets))
         started = self._clock()
         self.steps += 1
         self.examples += len(batch)
         self._pending_steps += 1
         self._pending_examples += len(batch)
-        result = self._trainer.step(self.steps, batch, rate_factor)
+        result = self._trainer.step(self.steps, batch, terms)
         wall_s = self._clock() - started
         self._step_seconds.append(wall_s)
         self._metrics.write(

@@ -20,7 +20,7 @@ from sfl.model.metrics import accuracy, macro_f1
 from sfl.model.recompute import forward_in_micro_batches
 from sfl.model.tasks import make_labels
 from sfl.phases import phase
-from sfl.wire.split import CutBatch, Evaluation, StepResult
+from sfl.wire.split import ORDINARY, CutBatch, Evaluation, StepResult, StepTerms
 
 
 class EdgeLink(Protocol):
@@ -30,8 +30,8 @@ class EdgeLink(Protocol):
     not fit the question.
     """
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        """Train the edge's half on one batch, its learning rate times `rate_factor`, and return the gradient at the cut."""
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY) -> StepResult:
+        """Train the edge's half on one batch and return the gradient at the cut."""
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         """Loss and logits of one batch; nothing is trained."""
@@ -78,17 +78,17 @@ class DeviceTrainer:
         self._micro_batch = micro_batch
         self._tight = tight
 
-    def step(self, step: int, batch: Batch, rate_factor: float = 1.0) -> TrainedStep:
+    def step(self, step: int, batch: Batch, terms: StepTerms = ORDINARY) -> TrainedStep:
         """Step number `step`, counted from 1: activation out, gradient in, one optimiser step on either side.
 
-        Both halves' learning rate is the schedule's times `rate_factor`.
+        The learning rate of `terms` is that of both halves.
         """
         self._half.train()
         self.adapter.mount()
         with phase("forward"):
             activation, cut_batch = self._forward(batch)
         with phase("wait"):
-            result = self._link.step(step, self.adapter.version, cut_batch, rate_factor)
+            result = self._link.step(step, self.adapter.version, cut_batch, terms)
         if (result.step, result.version) != (step, self.adapter.version):
             raise WireError(
                 f"the edge answered step {result.step} of version {result.version}; step {step} of version"
@@ -98,7 +98,7 @@ class DeviceTrainer:
             backward_from(activation, result.gradient)
         with phase("step"):
             norms = result.layer_norms | self.adapter.layer_norms()
-            self.adapter.step(self.adapter.optimizer.rate(step) * rate_factor)
+            self.adapter.step(self.adapter.optimizer.rate(step) * terms.rate_factor)
         del activation, cut_batch
         if self._tight:
             release_freed_memory()

@@ -71,9 +71,11 @@ class Aggregation:
                 f" `devices` is {settings.devices}: lower robust.attackers or choose another rule"
             )
 
-    def policy(self, size: float = 1.0) -> pb.UploadPolicy:
-        """When a device uploads and how it trains, for this strategy and merge; `size` as for `Strategy.policy`."""
+    def policy(self, size: float = 1.0, logit_offsets: Sequence[float] = ()) -> pb.UploadPolicy:
+        """When a device uploads and how it trains, for this strategy and merge; `size` as for `Strategy.policy`, and the offsets
+        as for `logit_offsets`."""
         policy = self.strategy.policy(size)
+        policy.logit_offsets.extend(logit_offsets)
         policy.frozen_parts.extend(self.merge.frozen_parts)
         policy.fresh_optimizer = self.merge.fresh_optimizer
         return policy

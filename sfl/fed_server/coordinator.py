@@ -16,6 +16,7 @@ from sfl.errors import AdapterError, RefusedError, SettingsError, SflError
 from sfl.fed_server import server_state
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.agreement import Agreement, agree, check_labels
+from sfl.fed_server.logit_adjustment import logit_offsets
 from sfl.fed_server.members import Member, Roster, UnknownMemberError
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
@@ -60,7 +61,8 @@ class Federation:
         self.failure: SflError | None = None  # why no agreement will ever be reached
         self.finished = False
         self.refused = 0  # updates
-        self._gathered: tuple[int, int] | None = None  # devices and their examples, once all have joined or time is up
+        self._gathered: list[Member] = []  # the devices, once all have joined or the time for it is over
+        self._offsets: dict[str, tuple[float, ...]] = {}  # of the logits, by device
         if len(settings.labels) == 1:
             raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
@@ -140,10 +142,10 @@ class Federation:
         """When the member `name` uploads, and how it trains; paced by what it has of the data of all once they have joined, and
         until then as the settings say, so that it does not matter who comes first."""
         own = self._roster.get(name).examples
-        if self._gathered is None or not own:
+        if not self._gathered or not own:
             return self._aggregation.policy()
-        devices, examples = self._gathered
-        return self._aggregation.policy(own * devices / examples)
+        examples = sum(device.examples for device in self._gathered)
+        return self._aggregation.policy(own * len(self._gathered) / examples, self._offsets.get(name, ()))
 
     # Joining and agreeing
 
@@ -166,8 +168,16 @@ class Federation:
             log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
         self._agree()
-        self._gathered = self._roster.gathered()
+        self._gather()
         self.on_change()
+
+    def _gather(self) -> None:
+        """Note who takes part, by which each device's policy goes."""
+        self._gathered = self._roster.gathered()
+        if self._settings.strategy.logit_adjustment and self.agreement is not None:
+            known = [device for device in self._gathered if device.label_counts]
+            counts = {device.name: dict(zip(device.labels, device.label_counts)) for device in known}
+            self._offsets = logit_offsets(counts, self.agreement.labels)
 
     def _agree(self) -> None:
         if self.agreement is not None:
@@ -342,8 +352,8 @@ class Federation:
             self._forget_away()
         if self.finished:
             return
-        if self._gathered is None and (gathered := self._roster.gathered()) is not None:  # the others are not expected any more
-            self._gathered = gathered
+        if not self._gathered and self._roster.gathered():  # the others are not expected any more
+            self._gather()
             self.on_change()
         if self._roster.all_done() and self.version is not None:
             self._finish()

@@ -36,6 +36,7 @@ class Member:
     columns: tuple[str, ...] = ()
     max_length: int = 0
     rank: int = 0  # of its LoRA factors; 0: that of `lora`
+    label_counts: tuple[int, ...] = ()  # training examples with each of `labels`; none where it does not say
 
     @property
     def own_rank(self) -> int:
@@ -180,6 +181,11 @@ class Roster:
             raise RefusedError(f"{member.describe()} cannot join: it has no training examples")
         if member.examples > MOST_EXAMPLES:
             raise RefusedError(f"{member.describe()} cannot join: no device has {member.examples} training examples")
+        if member.label_counts and (len(member.label_counts), sum(member.label_counts)) != (len(member.labels), member.examples):
+            raise RefusedError(
+                f"{member.describe()} cannot join: its {len(member.label_counts)} label counts add up to"
+                f" {sum(member.label_counts)}, and it has {len(member.labels)} labels and {member.examples} training examples"
+            )
         prompts = self._prompts()
         if prompts is not None:
             prompts.require(member)
@@ -242,10 +248,9 @@ class Roster:
         """Number of devices that are expected to join yet: none once the time for it is over."""
         return 0 if self._clock() > self._join_until else max(0, self._expected - len(self.devices()))
 
-    def gathered(self) -> tuple[int, int] | None:
-        """How many devices have joined, and their training examples; None while some are expected yet, or none has."""
-        devices = self.devices()
-        return (len(devices), sum(device.examples for device in devices)) if devices and not self.missing() else None
+    def gathered(self) -> list[Member]:
+        """All devices that have joined; none while some are expected yet."""
+        return [] if self.missing() else self.devices()
 
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""

@@ -26,6 +26,7 @@ def member_from_wire(request: pb.JoinRequest) -> Member:
         columns=tuple(request.columns),
         max_length=request.max_length,
         rank=request.rank,
+        label_counts=tuple(request.label_counts),
     )
 
 

@@ -116,14 +116,16 @@ class Opened(_message.Message):
     def __init__(self, last_step: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "version", "learning_rate_factor")
+    __slots__ = ("step", "version", "learning_rate_factor", "logit_offsets")
     STEP_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     step: int
     version: int
     learning_rate_factor: float
-    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ...) -> None: ...
+    logit_offsets: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ..., logit_offsets: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("step", "version", "loss", "layer_norms")

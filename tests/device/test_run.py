@@ -28,6 +28,7 @@ from sfl.v1.federation_pb2 import (
     UpdateHeader,
     UploadPolicy,
 )
+from sfl.wire.split import StepTerms
 from tests.metrics import events
 
 STATE: AdapterState = {AdapterKey(0, "q", "A"): np.ones((2, 3), dtype="f4")}
@@ -48,6 +49,7 @@ class Diary:
         self.said: list[str] = []
         self.headers: list[UpdateHeader] = []
         self.rate_factors: list[float] = []
+        self.offsets: list[tuple[float, ...]] = []
         self._norms = iter(norms)
         self._losses = iter(losses)
         self._step_s = step_s
@@ -56,9 +58,10 @@ class Diary:
     def clock(self) -> float:
         return self._now
 
-    def step(self, step: int, batch: Batch, rate_factor: float = 1.0) -> TrainedStep:
+    def step(self, step: int, batch: Batch, terms: StepTerms) -> TrainedStep:
         self.said.append(f"step {step}")
-        self.rate_factors.append(rate_factor)
+        self.rate_factors.append(terms.rate_factor)
+        self.offsets.append(terms.logit_offsets)
         self._now += self._step_s
         return TrainedStep(1.0, {0: next(self._norms, 1.0)})
 
@@ -213,6 +216,15 @@ def test_uploads_are_as_far_apart_as_the_policy_says_that_was_announced_last(tmp
     list(run)
     assert uploads_at(tmp_path) == [4, 8, 12, 16, 20]
     assert [event["dropped_steps"] for event in events(tmp_path, "adopt")] == [0], "the rest is as it was at the start"
+
+
+def test_the_logits_offsets_are_those_that_were_announced_last(tmp_path: Path) -> None:
+    diary = Diary()
+    run = iter(made(diary, rounds(), 4, tmp_path))
+    next(run)
+    diary.finished, diary.policy = True, UploadPolicy(logit_offsets=[0.5, -2])
+    list(run)
+    assert diary.offsets == [(), (0.5, -2), (0.5, -2), (0.5, -2)]
 
 
 def test_rounds_are_what_they_were_at_the_start(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sfl.data.batches import Batch
 from sfl.device.trainer import DeviceTrainer
 from sfl.edge_server.engine import EdgeEngine, Session
 from sfl.errors import WireError
-from sfl.wire.split import CutBatch, Evaluation, StepResult
+from sfl.wire.split import ORDINARY, CutBatch, Evaluation, StepResult, StepTerms
 from tests.edge_server.made import Halves
 
 
@@ -25,8 +25,8 @@ class DirectEdge:
         self._engine = engine
         self._session = session
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
-        return replace(self._engine.step(self._session, step, version, batch, rate_factor), **self.changes)
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY) -> StepResult:
+        return replace(self._engine.step(self._session, step, version, batch, terms), **self.changes)
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         return self._engine.evaluate(self._session, version, batch)
