@@ -66,7 +66,8 @@ def test_wrong_settings_are_named(flags: list[str], message: str) -> None:
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    assert "--curve-points" in run("compare", "--help").stdout
+    listing = run("compare", "--help").stdout
+    assert "--curve-points" in listing and "sfl compare --show OUT" in listing
     for arguments, message in (
         (["--stes", "3"], "unknown setting --stes"),
         (["--show"], "--show takes the folder of a comparison"),
