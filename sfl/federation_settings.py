@@ -35,12 +35,12 @@ LINEAR = ("average", "ffa")  # merges that are the plain weighted sum of the upd
 COMBINING = ("median", "trimmed-mean", "bulyan")  # rules that make values that no device has sent
 
 # Where a strategy's own defaults are not those of gsfs.
-_ROUNDS: dict[str, Any] = {"weights": "examples", "keep_progress": False, "logit_adjustment": False}
+_ROUNDS: dict[str, Any] = {"weights": "examples", "keep_progress": False, "logit_adjustment": 0.0}
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "gsfs-printed": {
         "weights": "frequency",
         "keep_progress": False,
-        "logit_adjustment": False,
+        "logit_adjustment": 0.0,
         "final_upload": False,
         "quorum": 0.6,
         "min_steps": 1,
@@ -57,7 +57,7 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "fedadam": {**_ROUNDS, "server_rate": 0.01},
     "fedyogi": {**_ROUNDS, "server_rate": 0.01},
     "fedadagrad": {**_ROUNDS, "server_rate": 0.01},
-    "fedbuff": {"weights": "equal", "keep_progress": False, "logit_adjustment": False, "staleness": 0.5},
+    "fedbuff": {"weights": "equal", "keep_progress": False, "logit_adjustment": 0.0, "staleness": 0.5},
     "splitlora": _ROUNDS,
 }
 _FIXED_WEIGHTS = {name: own["weights"] for name, own in _OWN_DEFAULTS.items() if name not in GSFS}
@@ -102,11 +102,14 @@ class StrategySettings(Settings):
     keep_progress: bool = Field(
         True, description=_differs("keep_progress", "keep what was learnt and not uploaded when a new version is adopted")
     )
-    logit_adjustment: bool = Field(
-        True,
+    logit_adjustment: float = Field(
+        1.0,
+        ge=0,
+        le=1,
         description=_differs(
             "logit_adjustment",
-            "a device's training loss knows how often each label is there and everywhere, so that unequal labels teach nothing",
+            "how much of the difference between a device's shares of the labels and those on all devices its training loss knows,"
+            " so that it need not be learnt; 0: nothing",
         ),
     )
     final_upload: bool = Field(True, description=_differs("final_upload", "upload once more after the last step"))
@@ -279,9 +282,11 @@ class PrivacySettings(Settings):
 def fitting(strategy: StrategySettings, merge: str, private: bool) -> StrategySettings:
     """`strategy` with the defaults that `merge` and privacy need: nothing kept where progress cannot be added to the next
     version, and no logit adjustment where what one example changes is to be hidden."""
-    needed = {"keep_progress": merge in NOT_ADDITIVE, "logit_adjustment": private}
-    off = {name: False for name, wanted in needed.items() if wanted and name not in strategy.model_fields_set}
-    return strategy.model_copy(update=off) if off else strategy
+    needed: dict[str, Any] = {"keep_progress": False} if merge in NOT_ADDITIVE else {}
+    if private:
+        needed["logit_adjustment"] = 0.0
+    left_open = {name: value for name, value in needed.items() if name not in strategy.model_fields_set}
+    return strategy.model_copy(update=left_open) if left_open else strategy
 
 
 def check_together(strategy: StrategySettings, merge: str, robust: RobustSettings, privacy: PrivacySettings) -> None:

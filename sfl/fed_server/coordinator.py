@@ -174,10 +174,11 @@ class Federation:
     def _gather(self) -> None:
         """Note who takes part, by which each device's policy goes."""
         self._gathered = self._roster.gathered()
-        if self._settings.strategy.logit_adjustment and self.agreement is not None:
+        strength = self._settings.strategy.logit_adjustment
+        if strength and self.agreement is not None:
             known = [device for device in self._gathered if device.label_counts]
             counts = {device.name: dict(zip(device.labels, device.label_counts)) for device in known}
-            self._offsets = logit_offsets(counts, self.agreement.labels)
+            self._offsets = logit_offsets(counts, self.agreement.labels, strength)
 
     def _agree(self) -> None:
         if self.agreement is not None:

@@ -10,15 +10,19 @@ from collections.abc import Mapping, Sequence
 from math import log
 
 
-def logit_offsets(counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> dict[str, tuple[float, ...]]:
+def logit_offsets(
+    counts: Mapping[str, Mapping[str, int]], labels: Sequence[str], strength: float = 1.0
+) -> dict[str, tuple[float, ...]]:
     """For each device, what is added to the logit of each of `labels` in its training loss, from its `counts` of examples:
 
-        log p_k(y) - log q(y), with p_k(y) = (n_k(y) + q(y)) / (n_k + 1)
+        log p_k(y) - log q(y), with p_k(y) = s (n_k(y) + q(y)) / (n_k + 1) + (1 - s) q(y)
 
-    p_k are the shares of the labels on device k, with one example more that is divided as q, so that a label that it lacks has
-    one; q are those on all devices. By Bayes' rule, where the devices' texts of one label are alike, p_k(y | x) is in proportion
-    to q(y | x) p_k(y) / q(y): the logits that are best for all devices' examples are, with the offsets, best for each device's
-    own. A label that no device has is left alone.
+    With `strength` s = 1, p_k are the shares of the labels on device k, with one example more that is divided as q, so that a
+    label that it lacks has one; q are those on all devices. By Bayes' rule, where the devices' texts of one label are alike,
+    p_k(y | x) is in proportion to q(y | x) p_k(y) / q(y): the logits that are best for all devices' examples are, with the
+    offsets, best for each device's own. Where the texts are not alike, as where each device sees traffic of its own kind, what
+    device a text comes from tells its label, and so much adjustment hides it: a smaller s leaves a part of it. A label that no
+    device has is left alone.
     """
     everywhere = {label: sum(own.get(label, 0) for own in counts.values()) for label in labels}
     total = sum(everywhere.values())
@@ -27,6 +31,7 @@ def logit_offsets(counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]
         if not everywhere[label]:
             return 0.0
         share = everywhere[label] / total
-        return log((own.get(label, 0) + share) / (sum(own.values()) + 1)) - log(share)
+        here = (own.get(label, 0) + share) / (sum(own.values()) + 1)
+        return log(strength * here + (1 - strength) * share) - log(share)
 
     return {device: tuple(offset(own, label) for label in labels) for device, own in counts.items()}

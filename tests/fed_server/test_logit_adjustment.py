@@ -39,6 +39,11 @@ def test_the_best_for_all_is_with_the_offsets_the_best_for_each(counts: Mapping[
         assert raised / raised.sum() == pytest.approx(wanted)
 
 
+def test_half_of_it_by_hand() -> None:
+    offsets = logit_offsets({"a": {"benign": 30}, "b": {"benign": 45, "scan": 25}}, LABELS, 0.5)
+    assert offsets["a"] == pytest.approx((log((30.75 / 31 + 0.75) / 2 / 0.75), 0, log((0.25 / 31 + 0.25) / 2 / 0.25)))
+
+
 @given(COUNTS)
 def test_devices_with_the_labels_of_all_have_no_offsets(counts: Mapping[str, Mapping[str, int]]) -> None:
     alike = {name: next(iter(counts.values())) for name in "abc"}
@@ -82,4 +87,4 @@ def test_with_privacy_it_is_off_unless_asked_for() -> None:
     assert FedSettings.model_validate({"devices": 2}).strategy.logit_adjustment
     assert not FedSettings.model_validate({"devices": 2, "privacy": privacy}).strategy.logit_adjustment
     with pytest.raises(ValidationError, match=r"strategy\.logit_adjustment goes by how many of each label"):
-        FedSettings.model_validate({"devices": 2, "privacy": privacy, "strategy": {"logit_adjustment": True}})
+        FedSettings.model_validate({"devices": 2, "privacy": privacy, "strategy": {"logit_adjustment": 0.5}})
