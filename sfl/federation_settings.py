@@ -103,7 +103,7 @@ class StrategySettings(Settings):
         True, description=_differs("keep_progress", "keep what was learnt and not uploaded when a new version is adopted")
     )
     logit_adjustment: float = Field(
-        1.0,
+        0.7,
         ge=0,
         le=1,
         description=_differs(

@@ -61,7 +61,7 @@ def told(tmp_path: Path, **settings: Any) -> dict[str, list[float]]:
 
 def test_devices_are_told_once_all_are_there(tmp_path: Path) -> None:
     offsets = told(tmp_path)
-    expected = logit_offsets({"a": {"benign": 3, "scan": 1}, "b": {"scan": 4}}, LABELS)
+    expected = logit_offsets({"a": {"benign": 3, "scan": 1}, "b": {"scan": 4}}, LABELS, 0.7)
     assert offsets == {name: pytest.approx(values, rel=1e-6) for name, values in expected.items()}
 
 
