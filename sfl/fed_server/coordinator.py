@@ -232,6 +232,7 @@ class Federation:
             state = self._maker.view(version, rank or member.lora.rank)
         except AdapterError as error:
             raise RefusedError(str(error)) from error
+        self._roster.fetched(name, version)
         upper = edge_half(state, first_layer)
         return device_half(upper, last_layer) if last_layer else upper
 
