@@ -260,7 +260,12 @@ class PrivacySettings(Settings):
     """Differential privacy of the devices' updates: each is clipped and their sum gets noise."""
 
     clip: float = Field(0.0, ge=0, description="greatest norm of a device's update in one version; 0: no privacy")
-    noise: float = Field(0.0, ge=0, description="standard deviation of the noise, times the clip and the greatest weight")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation of the noise of each version, times the clip and the greatest weight: less in all where a"
+        " version has many updates (strategy.quorum)",
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="probability with which epsilon may not hold")
     epsilon: float = Field(0.0, ge=0, description="each device's budget, after which its updates are refused; 0: no bound")
     seed: int | None = Field(None, ge=0, description="seed of the noise; left out: from the operating system")

@@ -115,6 +115,10 @@ class LocalFederation:
         self.uplink.answered(max(self._speed.round_trip_s, _NO_TIME_S))
         return state
 
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        version = self._federation.version or 0
+        return version, self.fetch(version, 0, last_layer)
+
     def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         if self._tamper is not None:
             state = self._tamper(header, state)

@@ -110,6 +110,12 @@ class FedSettings(DaemonSettings):
     listen: Address = Field("127.0.0.1:7300", description="host:port to serve on")
     out: Path = Field(Path("out/fed"), description="folder for metrics.jsonl")
     adapters: Path | None = Field(None, description="folder for the versions of the adapter; by default adapters inside out")
+    keep_versions: int = Field(
+        20,
+        ge=0,
+        description="newest versions of the adapter that are kept, beside version 0 and those that devices still train on or that"
+        " updates in the pool stem from; 0: all",
+    )
     devices: int = Field(ge=1, description="number of devices that take part")
     labels: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
         (), description="labels fixed beforehand; empty: all that the devices have seen"

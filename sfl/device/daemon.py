@@ -40,8 +40,9 @@ def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
             plan = device.plan(agreement.labels)
         with phase("load"):
             half, slots = device.load_half()
-        version = federation.version(0, settings.join_wait_s)
-        adapter = device.adapter(slots, federation.fetch(version, 0, device.cut), version, agreement.policy)
+        federation.version(0, settings.join_wait_s)  # from then on there is one
+        version, state = federation.fetch_newest(device.cut)
+        adapter = device.adapter(slots, state, version, agreement.policy)
         request = device.session_request(version, agreement.policy)
         link = GrpcEdgeLink(settings.edge, request, settings.wait_s, settings.give_up_s)
         try:

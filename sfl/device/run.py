@@ -40,8 +40,8 @@ class FederationLink(Protocol):
     def finished(self) -> bool:
         """Whether there will be no further version."""
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        """The layers `first_layer` to `last_layer` - 1 of a version."""
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        """The number of the newest version, which may be newer than `newest`, and its layers below `last_layer`."""
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         """Send this device's half of an update."""
@@ -163,12 +163,11 @@ class DeviceRun:
         return (self._federation.newest or 0) > self._trainer.adapter.version
 
     def _adopt_newest(self) -> None:
-        newest = self._federation.newest
-        if newest is None or newest <= self._trainer.adapter.version:
+        if not self._newer():
             return
         if self._policy.adopt_after_upload and self._pending_steps:
             return
-        state = self._federation.fetch(newest, 0, self._plan.cut)
+        newest, state = self._federation.fetch_newest(self._plan.cut)
         self._trainer.adopt(newest, state, self._policy.keep_progress)
         dropped = 0 if self._policy.keep_progress else self._pending_steps
         if dropped:

@@ -14,6 +14,7 @@ from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half, require_same_keys
 from sfl.errors import AdapterError, RefusedError, SettingsError, SflError
 from sfl.fed_server import server_state
+from sfl.fed_server.advice import advice
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.agreement import Agreement, agree, check_labels
 from sfl.fed_server.logit_adjustment import logit_offsets
@@ -74,6 +75,8 @@ class Federation:
             earlier = server_state.load(store, newest, make_strategy(settings.strategy), settings.privacy.on)
         self._aggregation = Aggregation(settings, earlier)
         self._strategy = self._aggregation.strategy
+        for line in advice(settings, self._aggregation):
+            log.warning("%s", line)
         self._pool = Pool(pool, settings.half_expires_s, clock)
         self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
         self._proposer: str | None = None
@@ -243,6 +246,7 @@ class Federation:
             state = self._maker.view(version, rank or member.lora.rank)
         except AdapterError as error:
             raise RefusedError(str(error)) from error
+        self._roster.fetched(name, version)
         upper = edge_half(state, first_layer)
         return device_half(upper, last_layer) if last_layer else upper
 

@@ -95,6 +95,7 @@ class _Entry:
     seen: float  # clock's seconds
     watches: int = 0
     left: bool = False
+    fetched: int | None = None  # the last version, which a device trains on
 
 
 class Roster:
@@ -255,6 +256,15 @@ class Roster:
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
         self._entry(name).seen = self._clock()
+
+    def fetched(self, name: str, version: int) -> None:
+        """Note that `name` has fetched a version."""
+        self._entry(name).fetched = version
+
+    def in_training(self) -> set[int]:
+        """The versions that devices have fetched last, but for those that are done. Who died may come back."""
+        entries = (entry for entry in self._entries.values() if entry.member.role == "device" and not entry.left)
+        return {entry.fetched for entry in entries if entry.fetched is not None}
 
     def watch_begins(self, name: str) -> None:
         entry = self._entry(name)

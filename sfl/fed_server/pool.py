@@ -150,6 +150,11 @@ class Pool:
         """Submissions in the pool, by device."""
         return {device: len(submissions) for device, submissions in self._whole.items()}
 
+    def versions(self) -> set[int]:
+        """The versions that halves and whole updates in the pool stem from."""
+        whole = {submission.version for submissions in self._whole.values() for submission in submissions}
+        return whole | {pending.header.version for pending in self._pending.values()}
+
     def waited_s(self) -> float:
         """Seconds since the first update of the pool."""
         return self._clock() - self._since

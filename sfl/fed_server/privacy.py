@@ -12,6 +12,9 @@ The mechanism, with C the clip and z the noise multiplier:
 
     sum over k of w_k delta_k min(1, C / ||delta_k||) + N(0, (z C max w)^2)
 
+The noise goes by what one update can add, however many are in the sum: the fewer versions all devices' updates become, the
+less noise in all, at the same epsilon.
+
 What it protects: whoever sees the versions, all of them, learns little of what one device's whole update was, and so of its
 data: (epsilon, delta)-differential privacy of devices, where neighbouring federations are those in which one device's
 updates are zero. What it does not: the federation server sees every update and is trusted to clip and add noise; the edge

@@ -3,13 +3,15 @@
 `devices.json` holds the weights of the devices whose updates made the version. `server_state.safetensors` holds the server
 optimiser's moments, each tensor under STRATEGY/MOMENT/KEY; it is there only with such an optimiser. `privacy.json` holds what
 each device has spent of its privacy, "inf" once a version without noise holds an update of it; it is there only where updates
-are clipped. A version without it promised nothing: the devices in it have spent all that there is.
+are clipped, or the version before has been removed. A version without it promised nothing: the devices in it have spent all that
+there is.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
@@ -34,9 +36,29 @@ def files(done: Aggregated, strategy: str) -> dict[str, bytes]:
             {f"{strategy}/{name}/{key}": value for name, state in moments for key, value in state.items()}
         )
     if done.server_state.spent:
-        spent = {device: value if math.isfinite(value) else str(value) for device, value in done.server_state.spent.items()}
-        found[SPENT] = json.dumps(spent).encode()  # JSON has no infinity
+        found[SPENT] = _account(done.server_state.spent)
     return found
+
+
+def _account(spent: Mapping[str, float]) -> bytes:
+    finite = {device: value if math.isfinite(value) else str(value) for device, value in spent.items()}
+    return json.dumps(finite).encode()  # JSON has no infinity
+
+
+def hand_over(store: VersionStore, version: int) -> None:
+    """Write what was spent up to the version after `version`, which is about to be removed, beside that one if it is not there.
+
+    Where it is not known, nothing is written, and a server that needs to know does not start: see `load`. Raises
+    `AdapterWriteError` when the file cannot be written.
+    """
+    if store.extra(version + 1, SPENT) is not None:
+        return
+    try:
+        spent = _spent(store, version + 1)
+    except AdapterError as error:
+        log.debug("%s", error)
+        return
+    store.add_extra(version + 1, SPENT, _account(spent))
 
 
 def load(store: VersionStore, newest: Version, strategy: Strategy, private: bool) -> ServerState:

@@ -259,18 +259,20 @@ class VersionHeader(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("name", "version", "first_layer", "last_layer", "rank")
+    __slots__ = ("name", "version", "first_layer", "last_layer", "rank", "newest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     first_layer: int
     last_layer: int
     rank: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+    newest: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., rank: _Optional[int] = ..., newest: _Optional[bool] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("name",)

@@ -44,6 +44,7 @@ class Diary:
     def __init__(self, norms: Iterable[float] = (), losses: Iterable[float] = (), step_s: float = 0.0) -> None:
         self.adapter = SimpleNamespace(version=0)
         self.newest: int | None = 0
+        self.at_server: int | None = None  # the newest version, if it has not heard of that yet
         self.finished = False
         self.policy: UploadPolicy | None = None
         self.said: list[str] = []
@@ -78,9 +79,10 @@ class Diary:
         self.said.append(f"adopt {version}{' and keep' if keep_progress else ''}")
         self.adapter.version = version
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        self.said.append(f"fetch {version} [{first_layer}, {last_layer})")
-        return STATE
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        newest = self.at_server or self.newest or 0
+        self.said.append(f"fetch {newest} [0, {last_layer})")
+        return newest, STATE
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         assert state is STATE
@@ -225,6 +227,16 @@ def test_the_logits_offsets_are_those_that_were_announced_last(tmp_path: Path) -
     diary.finished, diary.policy = True, UploadPolicy(logit_offsets=[0.5, -2])
     list(run)
     assert diary.offsets == [(), (0.5, -2), (0.5, -2), (0.5, -2)]
+
+
+def test_what_is_adopted_is_the_newest_version_at_the_server(tmp_path: Path) -> None:
+    """The one that the device has heard of may have been removed there."""
+    diary = Diary()
+    diary.newest, diary.at_server = 2, 4
+    policy = UploadPolicy(keep_progress=True, final_upload=True, triggered=Triggered(alpha=0.5, beta=9, min_steps=9))
+    list(made(diary, policy, 2, tmp_path))
+    assert diary.said[:4] == ["fetch 4 [0, 2)", "adopt 4 and keep", "step 1", "step 2"]
+    assert [event["version"] for event in events(tmp_path, "adopt")] == [4] and diary.headers[0].version == 4
 
 
 def test_rounds_are_what_they_were_at_the_start(tmp_path: Path) -> None:

@@ -154,6 +154,27 @@ def test_who_does_not_wait_goes_on_while_another_uploads(tmp_path: Path) -> None
     assert adopted["even"] and adopted["even"] != adopted["slow"]
 
 
+@pytest.mark.parametrize("merge", ["fedex", "flexlora"])
+def test_a_run_that_keeps_few_versions_is_the_one_that_keeps_all(tmp_path: Path, merge: str) -> None:
+    settings = devices(tmp_path, save_tiny_model(tmp_path / "model", "bert"), [1, 2, 3])
+    slow = Conditions({"device-2": DeviceSpeed(0.55, bytes_per_s=1e4)})
+    found = {}
+    for keep in (0, 1):
+        chosen = StrategySettings(min_steps=1, max_steps=2, validate_every=0)
+        fed = FedSettings(devices=3, strategy=chosen, merge=merge, keep_versions=keep)
+        found[keep] = simulate(fed, settings, tmp_path / str(keep), conditions=slow)
+    last = found[0].federation.version
+    assert last is not None and last == found[1].federation.version and not found[1].federation.refused
+    lags = [lag for event in events(tmp_path / "1" / "fed", "aggregate") for lag in event["lags"].values()]
+    assert max(lags) >= 1, "updates of versions that are not the newest ones"
+    assert len(list((tmp_path / "0" / "adapters").iterdir())) == last + 1 > 10
+    assert len(list((tmp_path / "1" / "adapters").iterdir())) < 6
+    for name, values in found[0].local.items():
+        assert all(np.array_equal(found[1].local[name][key], value) for key, value in values.items())
+    one, two = newest(tmp_path, "0", last), newest(tmp_path, "1", last)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
 def test_examples_and_updates_can_be_replaced(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
     settings = devices(tmp_path, model, [1, 2])

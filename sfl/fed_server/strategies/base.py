@@ -68,6 +68,10 @@ class Strategy(ABC):
     def due(self, standing: Standing) -> bool:
         """Whether the pool is to be aggregated now."""
 
+    def least_updates(self, devices: int) -> int:
+        """Of how many of so many devices, with as many examples each, updates make a version."""
+        return devices
+
     def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         """The weight of each update, by device: positive or zero, with a sum of at most 1.
 
