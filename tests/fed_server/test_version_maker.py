@@ -112,6 +112,30 @@ def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(tmp_p
     assert fed.version == 1 and same(fed.fetch("a", 1), total(adapter(0), adapter(1)))
 
 
+@pytest.mark.parametrize("name", ["gsfs", "fedavg"])
+def test_a_pool_that_is_lost_as_a_whole_is_told_device_by_device(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    strategy = {"name": name, "quorum": 1.0} if name == "gsfs" else {"name": name}
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy=strategy, metrics=metrics)
+    monkeypatch.setattr("sfl.fed_server.coordinator.GREATEST", float("inf"))
+    with np.errstate(over="ignore"):  # each is finite, and a's two together are not
+        for member, submission in (("a", "1"), ("a", "2"), ("b", "1")):
+            submit(fed, member, {key: np.full_like(value, 3e38) for key, value in adapter(1).items()}, submission)
+    refused = told(tmp_path, "refused")
+    assert [(event["device"], event["submission"]) for event in refused] == [("a", None), ("b", None)] and fed.refused == 2
+    assert all("would hold values that are not finite" in event["reason"] for event in refused)
+    assert "the updates of a, b are lost" in caplog.text
+    unchanged = {"devices": {}, "lags": {}, "steps": {}, "trained_on": {}, "submissions": 0, "version": 1}
+    found = [{key: value for key, value in event.items() if key in unchanged} for event in aggregations(tmp_path)]
+    assert found == ([unchanged] if name == "fedavg" else [])
+    assert fed.version == len(found) and same(fed.fetch("a", len(found)), adapter(0))
+    submit(fed, "a", adapter(1), "3", len(found))
+    submit(fed, "b", adapter(1), "3", len(found))
+    assert fed.version == len(found) + 1 and fed.refused == 2, "the pool was empty, and goes on"
+
+
 # Robust rules
 
 
