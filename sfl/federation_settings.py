@@ -35,11 +35,12 @@ LINEAR = ("average", "ffa")  # merges that are the plain weighted sum of the upd
 COMBINING = ("median", "trimmed-mean", "bulyan")  # rules that make values that no device has sent
 
 # Where a strategy's own defaults are not those of gsfs.
-_ROUNDS: dict[str, Any] = {"weights": "examples", "keep_progress": False}
+_ROUNDS: dict[str, Any] = {"weights": "examples", "keep_progress": False, "logit_adjustment": 0.0}
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "gsfs-printed": {
         "weights": "frequency",
         "keep_progress": False,
+        "logit_adjustment": 0.0,
         "final_upload": False,
         "quorum": 0.6,
         "min_steps": 1,
@@ -56,7 +57,7 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "fedadam": {**_ROUNDS, "server_rate": 0.01},
     "fedyogi": {**_ROUNDS, "server_rate": 0.01},
     "fedadagrad": {**_ROUNDS, "server_rate": 0.01},
-    "fedbuff": {"weights": "equal", "keep_progress": False, "staleness": 0.5},
+    "fedbuff": {"weights": "equal", "keep_progress": False, "logit_adjustment": 0.0, "staleness": 0.5},
     "splitlora": _ROUNDS,
 }
 _FIXED_WEIGHTS = {name: own["weights"] for name, own in _OWN_DEFAULTS.items() if name not in GSFS}
@@ -100,6 +101,16 @@ class StrategySettings(Settings):
     max_lag: int = Field(0, ge=0, description="updates that are more versions than this behind are refused; 0: none is")
     keep_progress: bool = Field(
         True, description=_differs("keep_progress", "keep what was learnt and not uploaded when a new version is adopted")
+    )
+    logit_adjustment: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description=_differs(
+            "logit_adjustment",
+            "how much of the difference between a device's shares of the labels and those on all devices its training loss knows,"
+            " so that it need not be learnt; 0: nothing",
+        ),
     )
     final_upload: bool = Field(True, description=_differs("final_upload", "upload once more after the last step"))
     proximal: float = Field(
@@ -249,7 +260,12 @@ class PrivacySettings(Settings):
     """Differential privacy of the devices' updates: each is clipped and their sum gets noise."""
 
     clip: float = Field(0.0, ge=0, description="greatest norm of a device's update in one version; 0: no privacy")
-    noise: float = Field(0.0, ge=0, description="standard deviation of the noise, times the clip and the greatest weight")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation of the noise of each version, times the clip and the greatest weight: less in all where a"
+        " version has many updates (strategy.quorum)",
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="probability with which epsilon may not hold")
     epsilon: float = Field(0.0, ge=0, description="each device's budget, after which its updates are refused; 0: no bound")
     seed: int | None = Field(None, ge=0, description="seed of the noise; left out: from the operating system")
@@ -268,11 +284,14 @@ class PrivacySettings(Settings):
         return self
 
 
-def fitting(strategy: StrategySettings, merge: str) -> StrategySettings:
-    """`strategy` with the default that `merge` needs: nothing kept where progress cannot be added to the next version."""
-    if merge in NOT_ADDITIVE and "keep_progress" not in strategy.model_fields_set:
-        return strategy.model_copy(update={"keep_progress": False})
-    return strategy
+def fitting(strategy: StrategySettings, merge: str, private: bool) -> StrategySettings:
+    """`strategy` with the defaults that `merge` and privacy need: nothing kept where progress cannot be added to the next
+    version, and no logit adjustment where what one example changes is to be hidden."""
+    needed: dict[str, Any] = {"keep_progress": False} if merge in NOT_ADDITIVE else {}
+    if private:
+        needed["logit_adjustment"] = 0.0
+    left_open = {name: value for name, value in needed.items() if name not in strategy.model_fields_set}
+    return strategy.model_copy(update=left_open) if left_open else strategy
 
 
 def check_together(strategy: StrategySettings, merge: str, robust: RobustSettings, privacy: PrivacySettings) -> None:
@@ -299,6 +318,11 @@ def check_together(strategy: StrategySettings, merge: str, robust: RobustSetting
         raise ValueError(
             f"robust.rule {rule} judges an update by all others, so privacy.clip does not bound what one device changes: leave"
             " one of the two out, or choose norm-clip with a robust.norm above 0"
+        )
+    if privacy.on and strategy.logit_adjustment:
+        raise ValueError(
+            "privacy.clip hides what one device's examples change, and strategy.logit_adjustment goes by how many of each label"
+            " there are: leave one of the two out"
         )
     if name == "splitlora":
         for setting, wrong in (

@@ -17,29 +17,31 @@ from sfl.edge_server.engine import EdgeEngine
 from sfl.errors import WireError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire
-from sfl.simulated_time import Clock, Pace, Post
+from sfl.simulated_time import Clock, DeviceSpeed, Post
 from sfl.v1 import federation_pb2, split_pb2
 from sfl.v1.federation_pb2 import AdapterMessage, UpdateHeader
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.wire.adapters import from_tensors, to_tensors
 from sfl.wire.frames import Assembler, Frame, Traffic, frames
 from sfl.wire.split import (
+    ORDINARY,
     CutBatch,
     Evaluation,
     SessionRequest,
     Standing,
     StepResult,
+    StepTerms,
     batch_from_wire,
     batch_to_wire,
     evaluation_from_wire,
     evaluation_to_wire,
     open_from_wire,
     open_to_wire,
-    rate_factor_from_wire,
     standing_from_wire,
     step_from_wire,
     step_request,
     step_to_wire,
+    terms_from_wire,
 )
 from sfl.wire.tensors import RawTensor
 
@@ -67,7 +69,7 @@ class Pipe(Generic[Frame]):
 class LocalFederation:
     """The federation server as the member `name` reaches it; `server` is the server's own traffic.
 
-    `tamper` may put other tensors in the place of an update's before they are sent. Transfers take the time that `pace` says and
+    `tamper` may put other tensors in the place of an update's before they are sent. Transfers take the time that `speed` says and
     are told to `uplink`; a submission arrives by `post`, or without one at once.
     """
 
@@ -78,7 +80,7 @@ class LocalFederation:
         server: Traffic,
         *,
         rank: int = 0,
-        pace: Pace | None = None,
+        speed: DeviceSpeed | None = None,
         clock: Clock | None = None,
         post: Post | None = None,
         tamper: Tamper | None = None,
@@ -88,7 +90,7 @@ class LocalFederation:
         self._federation = federation
         self.name = name
         self._rank = rank
-        self._pace = pace or Pace()
+        self._speed = speed or DeviceSpeed()
         self._clock = clock or Clock()
         self._post = post
         self._tamper = tamper
@@ -100,6 +102,10 @@ class LocalFederation:
         return self._federation.version
 
     @property
+    def policy(self) -> federation_pb2.UploadPolicy:
+        return self._federation.policy(self.name)
+
+    @property
     def finished(self) -> bool:
         return self._federation.finished
 
@@ -108,9 +114,13 @@ class LocalFederation:
         message = AdapterMessage(version=federation_pb2.VersionHeader(version=version))
         before = self.traffic.received
         state = from_tensors(self._down.carry(message, to_tensors(state))[1])
-        self._clock.now += self._pace.transfer_s(self.traffic.received - before)
-        self.uplink.answered(max(self._pace.round_trip_s, _NO_TIME_S))
+        self._clock.now += self._speed.transfer_s(self.traffic.received - before)
+        self.uplink.answered(max(self._speed.round_trip_s, _NO_TIME_S))
         return state
+
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        version = self._federation.version or 0
+        return version, self.fetch(version, 0, last_layer)
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         if self._tamper is not None:
@@ -119,7 +129,7 @@ class LocalFederation:
         message.update.CopyFrom(header)
         before = self.traffic.sent
         arrived, tensors = self._up.carry(message, to_tensors(state))
-        seconds = self._pace.transfer_s(self.traffic.sent - before)
+        seconds = self._speed.transfer_s(self.traffic.sent - before)
         self._clock.now += seconds
         try:
             half, sent = half_from_wire(arrived.update), from_tensors(tensors)
@@ -169,12 +179,12 @@ class LocalEdge:
     """The edge server as one device reaches it. Its half of a submission reaches the federation server before the device's."""
 
     def __init__(
-        self, server: LocalEdgeServer, request: SessionRequest, pace: Pace | None = None, clock: Clock | None = None
+        self, server: LocalEdgeServer, request: SessionRequest, speed: DeviceSpeed | None = None, clock: Clock | None = None
     ) -> None:
         self.traffic = Traffic()
         self._server = server
         self._engine = server.engine
-        self._pace = pace or Pace()
+        self._speed = speed or DeviceSpeed()
         self._clock = clock or Clock()
         self._request = request
         self._up: Pipe[DeviceMessage] = Pipe(self.traffic, server.traffic)
@@ -193,13 +203,14 @@ class LocalEdge:
         )
         self._down.carry(EdgeMessage(opened=opened))
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
-        message = DeviceMessage(step=step_request(step, version, rate_factor, checkpoint))
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> StepResult:
+        message = DeviceMessage(step=step_request(step, version, terms, checkpoint))
         arrived, tensors = self._up.carry(message, batch_to_wire(batch))
-        asked, factor = arrived.step, rate_factor_from_wire(arrived.step)
-        done, answer = step_to_wire(self._engine.step(self._session, asked.step, asked.version, self._batch(tensors), factor))
+        asked = arrived.step
+        result = self._engine.step(self._session, asked.step, asked.version, self._batch(tensors), terms_from_wire(asked))
+        done, answer = step_to_wire(result)
         reply, tensors = self._down.carry(EdgeMessage(step=done), answer)
-        self._clock.now += self._pace.step_s
+        self._clock.now += self._speed.step_s
         return step_from_wire(reply.step, tensors, batch.activation)
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:

@@ -121,16 +121,22 @@ class FedSettings(DaemonSettings):
     listen: Address = Field("127.0.0.1:7300", description="host:port to serve on")
     out: Path = Field(Path("out/fed"), description="folder for metrics.jsonl, the pool of updates, the ledger and the roster")
     adapters: Path | None = Field(None, description="folder for the versions of the adapter; by default adapters inside out")
+    keep_versions: int = Field(
+        20,
+        ge=0,
+        description="newest versions of the adapter that are kept, beside version 0 and those that devices still train on or that"
+        " updates in the pool stem from; 0: all",
+    )
     devices: int = Field(ge=1, description="number of devices that take part")
     labels: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
         (), description="labels fixed beforehand; empty: all that the devices have seen"
     )
     merge: MergeName = Field("average", description="how the LoRA factors of several devices become one adapter")
-    strategy: StrategySettings = Field(
-        default_factory=StrategySettings, validate_default=True, description="how updates become versions"
-    )
     robust: RobustSettings = Field(default_factory=RobustSettings, description="what attackers among the devices cannot do")
     privacy: PrivacySettings = Field(default_factory=PrivacySettings, description="differential privacy of updates")
+    strategy: StrategySettings = Field(  # after those by which its defaults go
+        default_factory=StrategySettings, validate_default=True, description="how updates become versions"
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="what one node may take of this server")
     half_expires_s: float = Field(600.0, gt=0, description="seconds that half an update waits for its other half")
     away_after_s: float = Field(60.0, gt=0, description="seconds of silence after which a device is away and not waited for")
@@ -139,7 +145,8 @@ class FedSettings(DaemonSettings):
     @field_validator("strategy")
     @classmethod
     def _fit(cls, strategy: StrategySettings, info: ValidationInfo) -> StrategySettings:
-        return fitting(strategy, info.data.get("merge", "average"))
+        privacy = info.data.get("privacy")
+        return fitting(strategy, info.data.get("merge", "average"), privacy is not None and privacy.on)
 
     @model_validator(mode="after")
     def _check(self) -> FedSettings:
@@ -240,6 +247,10 @@ class DeviceSettings(WorkerSettings):
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="the local optimiser")
     shuffle: bool = Field(True, description="shuffle the training examples in each epoch; otherwise they keep their order")
     validation_batches: int = Field(4, ge=1, description="batches in a local validation")
+    label_counts: bool = Field(
+        True,
+        description="tell the federation server how many training examples have each label, for strategy.logit_adjustment there",
+    )
     profile: bool = Field(False, description="record where memory goes and write profile.json to `out`")
 
     @model_validator(mode="after")

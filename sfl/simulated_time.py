@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Pace:
+class DeviceSpeed:
     """How fast a device is, in simulated time: seconds of a local step with its edge, and its link to the federation server.
 
     A batch of a local validation takes a third of a step, as it only goes forward. The evaluation at a run's end takes none: it

@@ -38,7 +38,7 @@ from sfl.model.cut import DeviceHalf, EdgeHalf
 from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings, WorkerSettings
-from sfl.simulated_time import Clock, Pace, Post
+from sfl.simulated_time import Clock, DeviceSpeed, Post
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2
 from sfl.wire.frames import Traffic
@@ -110,7 +110,7 @@ class Simulated:
 class Conditions:
     """What a simulation has that daemons have not: who is how fast, examples that replace a device's own, tampered updates."""
 
-    paces: Mapping[str, Pace] = field(default_factory=dict)
+    speeds: Mapping[str, DeviceSpeed] = field(default_factory=dict)
     splits: Mapping[str, Splits] = field(default_factory=dict)
     tamper: Tamper | None = None
 
@@ -201,7 +201,9 @@ def _edge(
     if federation.agreement is None:
         raise SettingsError("an edge needs the agreement of all devices")
     request = first.join_request()
-    request.name, request.role, request.cut, request.rank = _EDGE, federation_pb2.EDGE, settings.lowest_cut, 0
+    request.name, request.role, request.cut = _EDGE, federation_pb2.EDGE, settings.lowest_cut
+    for of_devices in ("examples", "labels", "columns", "max_length", "rank"):
+        request.ClearField(of_devices)
     federation.join(member_from_wire(request))
     half, slots, initial = halves.edge(settings, first.lora, federation.agreement.labels)
     head = half.family.head if settings.task == "classification" else ()
@@ -224,15 +226,15 @@ def _begin(
     if federation.agreement is None or version is None:
         raise SettingsError("a run needs the agreement and version 0")
     half, slots = halves.device(device)
-    pace, clock = conditions.paces.get(settings.name, Pace()), Clock()
+    speed, clock = conditions.speeds.get(settings.name, DeviceSpeed()), Clock()
     link = LocalFederation(
-        federation, settings.name, traffic, rank=device.rank, pace=pace, clock=clock, post=post, tamper=conditions.tamper
+        federation, settings.name, traffic, rank=device.rank, speed=speed, clock=clock, post=post, tamper=conditions.tamper
     )
     policy = federation.policy(device.settings.name)
     adapter = device.adapter(slots, link.fetch(version, 0, device.cut), version, policy)
-    edge = LocalEdge(server, device.session_request(version, policy), pace, clock)
+    edge = LocalEdge(server, device.session_request(version, policy), speed, clock)
     plan = device.plan(federation.agreement.labels)
-    plan = replace(plan, validation=partial(_timed, plan.validation, pace, clock))
+    plan = replace(plan, validation=partial(_timed, plan.validation, speed, clock))
     trainer = DeviceTrainer(half, adapter, edge, settings.task, settings.micro_batch)
     traffics = (edge.traffic, link.traffic)
     run = DeviceRun(plan, trainer, policy, link, metrics, traffics, link.uplink, clock, CountedCheckpoints())
@@ -241,9 +243,9 @@ def _begin(
     return _Running(run, turns, clock, trainer, edge, link)
 
 
-def _timed(validation: Callable[[], Iterable[Batch]], pace: Pace, clock: Clock) -> Iterator[Batch]:
+def _timed(validation: Callable[[], Iterable[Batch]], speed: DeviceSpeed, clock: Clock) -> Iterator[Batch]:
     for batch in validation():
-        clock.now += pace.validation_s
+        clock.now += speed.validation_s
         yield batch
 
 

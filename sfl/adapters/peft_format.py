@@ -36,7 +36,7 @@ LAYOUT = "sfl.json"
 
 _FORMAT = 1  # of sfl.json
 _ROOT = "base_model.model."  # PeftModel, then LoraModel, around the task model
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")  # folders before their renaming
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")  # folders before their renaming, or after it when they are to go
 _TASK_TYPES = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
@@ -74,7 +74,7 @@ def write(
         about["frozen"] = {f"{layer}/{module}": count for (layer, module), count in frozen.items()}
     if folder.exists():
         raise AdapterWriteError(f"cannot write the adapter to {folder}: it exists already")
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    unfinished = _unfinished_name(folder)
     try:
         make_folder(folder.parent)
         unfinished.mkdir()
@@ -95,8 +95,31 @@ def write(
         raise AdapterWriteError(f"cannot write the adapter to {folder}: {error}") from error
 
 
+def remove(folder: Path) -> None:
+    """Delete an adapter's folder: it is there with all its files or not at all. Raises `AdapterWriteError` when it cannot be."""
+    leaving = _unfinished_name(folder)
+    try:
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+    except OSError as error:
+        raise AdapterWriteError(f"cannot delete {folder}: {error}") from error
+
+
+def add_file(folder: Path, name: str, content: bytes) -> None:
+    """Put one more file into an adapter's folder, whole or not at all. Raises `AdapterWriteError` when it cannot be written."""
+    unfinished = _unfinished_name(folder / name)
+    try:
+        unfinished.write_bytes(content)
+        sync(unfinished)
+        unfinished.rename(folder / name)
+        sync(folder)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise AdapterWriteError(f"cannot write {folder / name}: {error}") from error
+
+
 def sweep(parent: Path) -> None:
-    """Delete what writers left unfinished in `parent` when their process was killed."""
+    """Delete what was left half written or half deleted in `parent` when its process was killed."""
     for path in parent.glob(".*"):
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -131,6 +154,10 @@ def read_layout(folder: Path) -> AdapterLayout:
     Raises `AdapterError` when the folder is missing or was not written by sfl.
     """
     return _read_about(folder).layout
+
+
+def _unfinished_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _read_about(folder: Path) -> _About:

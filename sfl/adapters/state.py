@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -74,6 +75,16 @@ def total(left: Mapping[AdapterKey, Array], right: Mapping[AdapterKey, Array]) -
     """`left + right`, tensor by tensor. Raises `AdapterError` when keys or shapes differ."""
     require_same_keys(left, right)
     return {key: left[key] + right[key] for key in left}
+
+
+def scaled(state: Mapping[AdapterKey, Array], factor: float) -> AdapterState:
+    """`factor * state`, tensor by tensor, float32."""
+    return {key: np.float32(factor) * value for key, value in state.items()}
+
+
+def norm(state: Mapping[AdapterKey, Array]) -> float:
+    """||state||_2 over all tensors together, in float64."""
+    return math.sqrt(sum(float(np.sum(np.square(value, dtype=np.float64))) for value in state.values()))
 
 
 def require_same_keys(left: Mapping[AdapterKey, Array], right: Mapping[AdapterKey, Array]) -> None:

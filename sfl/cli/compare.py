@@ -15,6 +15,8 @@ from sfl.telemetry import configure_logging, log
 if TYPE_CHECKING:
     from sfl.compare.store import Store
 
+_SHOW = "`sfl compare --show OUT` prints the tables of the runs that are finished in the folder OUT, also while others run."
+
 
 def compare(context: typer.Context) -> None:
     """Compare strategies, merges and seeds on one data set, in this process; --show OUT prints what is finished."""
@@ -25,7 +27,7 @@ def compare(context: typer.Context) -> None:
         _show(context.args)
         return
     options = split_options(context.args)
-    settings = load(CompareSettings, options.config, options.rest, prog="sfl compare")
+    settings = load(CompareSettings, options.config, options.rest, prog="sfl compare", epilog=_SHOW)
     if options.print_config:
         typer.echo(as_toml(settings), nl=False)
         return

@@ -9,7 +9,7 @@ import typer
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Option(help="folder of the adapter, such as out/demo/adapters/v11")],
+    adapter: Annotated[Path, typer.Option(help="folder of the adapter, such as the one that `sfl demo` names at its end")],
     data: Annotated[list[Path], typer.Option(help="data file; repeat it for more")],
     model: Annotated[
         str | None,

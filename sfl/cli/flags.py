@@ -16,13 +16,15 @@ from sfl.errors import SettingsError
 _METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
-def flags_parser(model: type[BaseModel], prog: str, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
+def flags_parser(
+    model: type[BaseModel], prog: str, parents: Sequence[argparse.ArgumentParser] = (), epilog: str | None = None
+) -> argparse.ArgumentParser:
     """A parser whose result holds, by dotted name, what was given: text, a bool for a switch, a list of texts for a list.
 
     Values are not checked here. The parser raises `SettingsError` for wrong usage.
     """
     usage = "%(prog)s [--config FILE] [--print-config] [--SETTING VALUE]..."
-    parser = _Parser(prog=prog, usage=usage, description=model.__doc__, parents=list(parents), allow_abbrev=False)
+    parser = _Parser(prog=prog, usage=usage, description=model.__doc__, epilog=epilog, parents=list(parents), allow_abbrev=False)
     tables: dict[str, argparse._ArgumentGroup] = {}
     for name, field in settings_of(model).items():
         table = name.rpartition(".")[0]

@@ -49,14 +49,15 @@ def load(
     *,
     environment: Mapping[str, str] | None = None,
     prog: str = "sfl",
+    epilog: str | None = None,
 ) -> Model:
     """Settings from the TOML file `config`, then `SFL_...` variables, then flags, the later ones overriding.
 
     `environment` is the process's own unless given. Raises `SettingsError`, naming each wrong setting, where it came from
-    and what is allowed. `--help` among the arguments prints the settings and ends the process.
+    and what is allowed. `--help` among the arguments prints the settings, `epilog` below them, and ends the process.
     """
     known = settings_of(model)
-    flags = from_flags(model, arguments, prog, [_options_parser()])  # first, so that --help works whatever the file says
+    flags = from_flags(model, arguments, prog, [_options_parser()], epilog)  # first, so that --help works whatever the file says
     given = from_file(config, known) if config is not None else {}
     given |= from_environment(os.environ if environment is None else environment, known)
     given |= flags

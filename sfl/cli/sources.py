@@ -83,14 +83,18 @@ def from_environment(environment: Mapping[str, str], known: Mapping[str, FieldIn
 
 
 def from_flags(
-    model: type[BaseModel], arguments: Sequence[str], prog: str, parents: Sequence[argparse.ArgumentParser] = ()
+    model: type[BaseModel],
+    arguments: Sequence[str],
+    prog: str,
+    parents: Sequence[argparse.ArgumentParser] = (),
+    epilog: str | None = None,
 ) -> dict[str, Given]:
     """Settings given as `--lora.rank 4` or `--lora-rank=4`; lists as `a,b`, repeated or as JSON.
 
     `--help` prints all settings and ends the process. Raises `SettingsError` for an unknown flag or one without a value.
     """
     known = settings_of(model)
-    parser = flags_parser(model, prog, parents)
+    parser = flags_parser(model, prog, parents, epilog)
     found = vars(parser.parse_args([_canonical(argument, known) for argument in arguments]))
     given = {}
     for name in known.keys() & found.keys():

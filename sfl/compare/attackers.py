@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sfl.adapters.state import AdapterState
+from sfl.adapters.state import AdapterState, scaled
 from sfl.compare.division import Division
 from sfl.compare.settings import AttackSettings
 from sfl.data.example import Example
@@ -27,11 +27,6 @@ from sfl.errors import SettingsError
 from sfl.v1.federation_pb2 import EDGE, UpdateHeader
 
 _STRENGTH = {"scaling": 10.0, "gaussian": 10.0}
-
-
-def scaled(update: AdapterState, factor: float) -> AdapterState:
-    """`factor` times the update; below 0 it goes the opposite way."""
-    return update if factor == 1 else {key: np.float32(factor) * value for key, value in update.items()}
 
 
 def noise_like(update: AdapterState, factor: float, chance: np.random.Generator) -> AdapterState:

@@ -13,7 +13,7 @@ from sfl.compare.settings import CompareSettings
 from sfl.compare.variants import CENTRALISED, Variant, checked, merged
 from sfl.errors import SettingsError
 from sfl.settings import DeviceSettings, FedSettings
-from sfl.simulated_time import Pace
+from sfl.simulated_time import DeviceSpeed
 from sfl.simulation import Conditions
 
 _ALONE = "central"  # the name of the device that has all examples
@@ -58,9 +58,9 @@ def prepare(settings: CompareSettings, model: str, variant: Variant, seed: int, 
         return _centralised(settings, variant, seed, devices, division)
     fed = variant.fed_settings(len(devices), division.labels)
     attackers = Attackers(own.attack, division, seed)
-    paces = {name: _pace(variant, index) for index, name in enumerate(names)}
+    speeds = {name: _speed(variant, index) for index, name in enumerate(names)}
     tamper = attackers.tamper if attackers.names else None
-    return Job(variant, seed, fed, devices, division, attackers, Conditions(paces, attackers.examples(division), tamper))
+    return Job(variant, seed, fed, devices, division, attackers, Conditions(speeds, attackers.examples(division), tamper))
 
 
 def _device(settings: CompareSettings, model: str, variant: Variant, seed: int, division: Division, index: int) -> DeviceSettings:
@@ -98,17 +98,17 @@ def _centralised(
     fed = checked(FedSettings, {"devices": 1, "labels": division.labels, "strategy": strategy}, CENTRALISED)
     alone = devices[0].model_copy(update={"name": _ALONE, "steps": steps, "rank": None})
     nobody = Attackers(variant.settings.attack.model_copy(update={"kind": None, "devices": 0, "names": ()}), division, seed)
-    there = Conditions({_ALONE: Pace(_pace(variant, 0).step_s)}, {_ALONE: division.pooled})
+    there = Conditions({_ALONE: DeviceSpeed(_speed(variant, 0).step_s)}, {_ALONE: division.pooled})
     return Job(variant, seed, fed, [alone], division, nobody, there)
 
 
-def _pace(variant: Variant, index: int) -> Pace:
+def _speed(variant: Variant, index: int) -> DeviceSpeed:
     own = variant.settings
 
     def of_device(values: Sequence[float], otherwise: float) -> float:
         return values[index % len(values)] if values else otherwise
 
-    return Pace(
+    return DeviceSpeed(
         step_s=of_device(own.step_ms, math.nan) / 1e3,
         bytes_per_s=of_device(own.mbit_s, math.inf) * 1e6 / 8,
         round_trip_s=of_device(own.round_trip_ms, 0.0) / 1e3,

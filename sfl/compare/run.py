@@ -55,7 +55,8 @@ def run(job: Job, settings: CompareSettings, loaded: Loaded, out: Path, on_step:
     """Train, then evaluate. Versions and metrics are written below `out`. Raises the `SflError` that ends the run early."""
     texts, triggered = loaded.texts(job.division), _triggered(job, loaded.central)
     started = monotonic()
-    simulated = simulate(job.fed, job.devices, out, conditions=job.conditions, halves=loaded.halves, on_step=on_step)
+    fed = job.fed.model_copy(update={"keep_versions": 0})  # which of them are evaluated is known when all are there
+    simulated = simulate(fed, job.devices, out, conditions=job.conditions, halves=loaded.halves, on_step=on_step)
     wall_s = monotonic() - started
     newest, adapters = simulated.published[-1], out / "adapters"
     chosen = [simulated.published[index] for index in spaced(len(simulated.published), settings.curve_points)]

@@ -25,7 +25,7 @@ _PLAN = "comparison.json"
 # Settings that change nothing in a run's figures, or that are there in another form (a model's and the data's fingerprint).
 _BESIDE = {
     *("data", "model", "path", "out", "adapters", "listen", "federation", "edge", "log_level", "threads", "profile"),
-    *("wait_s", "give_up_s", "join_wait_s", "cache", "cache_limit_mb", "tight_memory", "provide"),
+    *("wait_s", "give_up_s", "join_wait_s", "cache", "cache_limit_mb", "tight_memory", "provide", "keep_versions"),
 }
 _SHOWN = {"target"}  # in the tables and not in the runs: may change, too, and is noted
 _FREE = {"strategies", "merges", "run", "seeds", "first_seed", "keep", *_BESIDE}  # may change between two calls for one folder

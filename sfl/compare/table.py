@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -17,14 +17,20 @@ Outcomes = Mapping[str, Mapping[int, Outcome]]  # by variant, then by seed
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a run. `digits` follow the point; `spread` shows the least and the greatest over seeds beside the mean."""
+    """A figure of a run, None where it has none. `digits` follow the point; `spread` shows the least and the greatest over seeds
+    beside the mean. A column is `shown` always, where some run has the figure, or where some run has more than 0 of it."""
 
     name: str
     title: str
     figure: Callable[[Outcome], float | None]
     digits: int
     spread: bool = True
-    always: bool = True  # whether it is shown where no run has it
+    shown: Literal["always", "if known", "if above 0"] = "always"
+
+    def is_shown(self, runs: Sequence[Outcome]) -> bool:
+        """Whether it is among the columns of a table of these runs."""
+        figures = [figure for figure in map(self.figure, runs) if figure is not None]
+        return self.shown == "always" or any(self.shown == "if known" or figure > 0 for figure in figures)
 
 
 def _own(outcome: Outcome, figure: str) -> float | None:
@@ -36,6 +42,11 @@ def _own(outcome: Outcome, figure: str) -> float | None:
 def _over_devices(outcome: Outcome, summary: Callable[[Sequence[float]], float]) -> float | None:
     """A summary of what the honest devices' users get: the accuracy of the last version on each one's own test examples."""
     return summary([device.central_accuracy for device in outcome.honest])
+
+
+def _sent(outcome: Outcome, count: int) -> int | None:
+    """`count`, None for centralised training, where nothing is sent."""
+    return None if outcome.submissions is None else count
 
 
 def _mega(value: int | None) -> float | None:
@@ -52,9 +63,9 @@ QUALITY = (
     Column("device_loss", "devices' loss", lambda run: _own(run, "loss"), 3, False),
     Column("fairness_sd", "sd over devices", lambda run: _over_devices(run, statistics.pstdev), 3, False),
     Column("worst_device", "worst device", lambda run: _over_devices(run, min), 3, False),
-    Column("backdoor", "backdoor", lambda run: run.backdoor, 3, always=False),
-    Column("without_trigger", "without trigger", lambda run: run.without_trigger, 3, False, always=False),
-    Column("epsilon", "epsilon", lambda run: run.epsilon, 2, False, always=False),
+    Column("backdoor", "backdoor", lambda run: run.backdoor, 3, shown="if known"),
+    Column("without_trigger", "without trigger", lambda run: run.without_trigger, 3, False, "if known"),
+    Column("epsilon", "epsilon", lambda run: run.epsilon, 2, False, "if known"),
 )
 COST = (
     Column("fed_received_mb", "MB up", lambda run: _mega(run.fed_received), 1),
@@ -63,8 +74,8 @@ COST = (
     Column("edge_sent_mb", "MB from edge", lambda run: _mega(run.edge_sent), 1, False),
     Column("submissions", "submissions", lambda run: run.submissions, 0, False),
     Column("versions", "versions", lambda run: run.versions, 0, False),
-    Column("refused", "refused", lambda run: run.refused or None, 0, False, always=False),
-    Column("lost", "devices lost", lambda run: run.lost or None, 0, False, always=False),
+    Column("refused", "refused", lambda run: _sent(run, run.refused), 1, False, "if above 0"),
+    Column("lost", "devices lost", lambda run: _sent(run, run.lost), 1, False, "if above 0"),
     Column("latency_ms", "ms a text", lambda run: 1e3 * run.latency_s, 1, False),
     Column("requests_per_minute", "requests/min", lambda run: 60 / run.latency_s, 0, False),
     Column(
@@ -116,9 +127,9 @@ NOTES = (
 
 
 def columns(outcomes: Outcomes, all_columns: Sequence[Column]) -> list[Column]:
-    """Those that are always shown, and those that some run has."""
+    """Those that are shown for these runs."""
     runs = [run for by_seed in outcomes.values() for run in by_seed.values()]
-    return [column for column in all_columns if column.always or any(column.figure(run) is not None for run in runs)]
+    return [column for column in all_columns if column.is_shown(runs)]
 
 
 def cell(column: Column, runs: Sequence[Outcome]) -> str:

@@ -17,7 +17,16 @@ CENTRALISED = "centralised"
 Model = TypeVar("Model", bound=BaseModel)
 
 _DEFAULT = (CENTRALISED, "fedavg", "gsfs")
-_OURS = ("name", "listen", "out", "log_level", "adapters", "devices", "labels")  # of the federation server's: not for variants
+_OURS = (
+    "name",
+    "listen",
+    "out",
+    "log_level",
+    "adapters",
+    "keep_versions",
+    "devices",
+    "labels",
+)  # of the federation server's: not for variants
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class DataSettings(BaseModel):
     partition: Partition = Field("iid", description="how a shared file is divided: evenly, or with uneven labels")
     partition_alpha: float = Field(0.5, gt=0, description="Dirichlet concentration of label-skew; smaller is more uneven")
     partition_seed: int = Field(0, ge=0, description="seed of the division, the same on all devices that share the file")
-    max_examples: int | None = Field(None, ge=1, description="use at most this many examples, evenly spaced over the file")
+    max_examples: int | None = Field(None, ge=1, description="use at most this many of the device's own examples, evenly spaced")
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:

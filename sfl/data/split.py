@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,12 @@ class Splits:
     def labels(self) -> tuple[str, ...]:
         """The classes seen in any of the three, sorted."""
         return tuple(sorted({example.label for example in (*self.train, *self.validation, *self.test) if example.label}))
+
+    @property
+    def label_counts(self) -> tuple[int, ...]:
+        """Training examples with each of `labels`."""
+        counts = Counter(example.label for example in self.train)
+        return tuple(counts[label] for label in self.labels)
 
 
 def drop_repeats(examples: Sequence[Example]) -> list[Example]:

@@ -75,11 +75,11 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
             half, slots = device.load_half()
         if takes_part:
             with phase("round"):
-                newest = federation.version(0, settings.join_wait_s)
+                federation.version(0, settings.join_wait_s)  # from then on there is one
         if kept:
             version, state = kept["version"], values_in(checkpoints.newest()[1])
         else:
-            version, state = newest, federation.fetch(newest, 0, device.cut)
+            version, state = federation.fetch_newest(device.cut)
         adapter = device.adapter(slots, state, version, policy)
         link = GrpcEdgeLink(
             settings.edge,

@@ -21,11 +21,13 @@ from sfl.v1.split_pb2_grpc import SplitTrainingStub
 from sfl.wire.channel import SILENCE_S, dial, error_from
 from sfl.wire.frames import Assembler, Traffic, frames
 from sfl.wire.split import (
+    ORDINARY,
     CutBatch,
     Evaluation,
     SessionRequest,
     Standing,
     StepResult,
+    StepTerms,
     batch_to_wire,
     evaluation_from_wire,
     open_to_wire,
@@ -87,8 +89,8 @@ class GrpcEdgeLink:
         self._steps_done = opened.last_step
         return opened.checkpoint
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
-        request = step_request(step, version, rate_factor, checkpoint)
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> StepResult:
+        request = step_request(step, version, terms, checkpoint)
         reply, tensors = self._ask(DeviceMessage(step=request), batch_to_wire(batch))
         self._require(reply, "step")
         result = step_from_wire(reply.step, tensors, batch.activation)

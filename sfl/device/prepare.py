@@ -91,6 +91,7 @@ class PreparedDevice:
             columns=self.splits.columns,
             max_length=settings.max_length,
             rank=self.rank,
+            label_counts=self.splits.label_counts if settings.task == "classification" and settings.label_counts else (),
         )
 
     def sizes(self) -> dict[str, int]:

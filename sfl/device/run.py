@@ -24,6 +24,7 @@ from sfl.state_file import Document, Tensors
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1.federation_pb2 import DEVICE, UpdateHeader, UploadPolicy
 from sfl.wire.frames import Traffic
+from sfl.wire.split import StepTerms
 
 _RECENT_STEPS = 16  # whose median is what a step takes
 
@@ -36,7 +37,8 @@ class Progress(Enum):
 
 
 class DeviceRun:
-    """`steps` local steps under the federation's upload policy.
+    """`steps` local steps under the federation's upload policy. The one that was announced last says how far apart uploads are
+    and what the logits' offsets are; the rest stays as in `policy`, with which the adapter was made.
 
     `uplink` is told of each transfer by whoever makes it, the federation's client; while it has heard of none, uploads are as
     if it did not matter. `clock` gives seconds that never go back. Raises `WireError` for a policy that this version
@@ -144,6 +146,8 @@ class DeviceRun:
                 continue
             self._stop_waiting()
             self._adopt_newest()
+            if (policy := self._federation.policy) is not None:
+                self._rule.follow(policy)
             trigger = self._step()
             if trigger is not None:
                 self._submit(trigger)
@@ -163,8 +167,9 @@ class DeviceRun:
         checkpoint = self.checkpoint(must=False) if due else 0
         batch = self._next_batch()
         rate_factor = 1.0 if self._rate is None else self._rate.factor
+        terms = StepTerms(rate_factor, tuple((self._federation.policy or self._policy).logit_offsets))
         started, now = self._clock(), self._now
-        result = self._trainer.step(self.steps + 1, batch, rate_factor, checkpoint)
+        result = self._trainer.step(self.steps + 1, batch, terms, checkpoint)
         self._unfinished = None
         now.steps += 1
         now.examples += len(batch)
@@ -198,12 +203,11 @@ class DeviceRun:
         return (self._federation.newest or 0) > self._trainer.adapter.version
 
     def _adopt_newest(self) -> None:
-        newest = self._federation.newest
-        if newest is None or newest <= self._trainer.adapter.version:
+        if not self._newer():
             return
         if self._policy.adopt_after_upload and self._now.pending_steps:
             return
-        state = self._federation.fetch(newest, 0, self._plan.cut)
+        newest, state = self._federation.fetch_newest(self._plan.cut)
         keep = self._policy.keep_progress
         self._trainer.adapter.adopt(state, newest, keep)
         dropped = 0 if keep else self._drop_progress()
@@ -316,7 +320,7 @@ class DeviceRun:
             "session": self._now.session,
             "version": self._trainer.adapter.version,
             "run": document,
-            "policy": self._policy.SerializeToString().hex(),
+            "policy": (self._federation.policy or self._policy).SerializeToString().hex(),
             "rule": {"kind": self._policy.WhichOneof("rule"), **self._rule.state()},
             "rate": None if self._rate is None else self._rate.state(),
             "uplink": self._uplink.state(),
@@ -355,17 +359,17 @@ class DeviceRun:
         optimiser begins anew, as they do in the other half. A half that the edge may have set aside its own of is sent all the
         same. If the edge's is not there it will not come any more: the half expires, and its round is trained anew.
         """
-        newest, now = self._federation.newest, self._now
-        if newest is None:
+        now = self._now
+        if self._federation.newest is None:
             if now.sent(self._plan.steps):
                 log.warning("the test of %s is left out", self._plan.device)
                 now.tested = True
                 return
             raise SessionLostError("the edge server knows nothing of this device, and there is no version to begin with")
-        state = self._federation.fetch(newest, 0, self._plan.cut)
         if now.pending is not None and not now.pending.answered:
             now.pending = None
         whole = self._send(again=True)
+        newest, state = self._federation.fetch_newest(self._plan.cut)  # then: what was sent stems from the version before
         if not whole or newest > self._trainer.adapter.version:
             self._stop_waiting()
         self._trainer.adapter.begin(state, newest)

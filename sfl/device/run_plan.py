@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sfl.adapters.state import AdapterState
 from sfl.data.batches import Batch
 from sfl.errors import FinishedError
-from sfl.v1.federation_pb2 import UpdateHeader
+from sfl.v1.federation_pb2 import UpdateHeader, UploadPolicy
 
 
 class TrainingBatches(Protocol):
@@ -33,11 +33,15 @@ class FederationLink(Protocol):
         """The newest published version."""
 
     @property
+    def policy(self) -> UploadPolicy | None:
+        """The upload policy as it was announced last."""
+
+    @property
     def finished(self) -> bool:
         """Whether there will be no further version."""
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        """The layers `first_layer` to `last_layer` - 1 of a version."""
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        """The number of the newest version, which may be newer than `newest`, and its layers below `last_layer`."""
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         """Send this device's half of an update; it counts once, however often. Whether the edge's half is there, too."""
@@ -50,10 +54,11 @@ class FinishedFederation:
     """A federation that has ended without a device which has only its test left to do."""
 
     newest = None
+    policy = None
     finished = True
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        raise FinishedError(f"version {version} cannot be fetched: the federation has finished")
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        raise FinishedError("no version can be fetched: the federation has finished")
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         raise FinishedError(f"submission {header.submission} comes too late: the federation has finished")

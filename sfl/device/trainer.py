@@ -21,7 +21,7 @@ from sfl.model.recompute import forward_in_micro_batches
 from sfl.model.tasks import make_labels
 from sfl.phases import phase
 from sfl.state_file import Tensors
-from sfl.wire.split import CutBatch, Evaluation, StepResult
+from sfl.wire.split import ORDINARY, CutBatch, Evaluation, StepResult, StepTerms
 
 
 class WentBack(Exception):
@@ -43,11 +43,8 @@ class EdgeLink(Protocol):
     def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
         """Open a session of this name with a global version, the device having done `last_step` steps before."""
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
-        """Train the edge's half on one batch, its learning rate times `rate_factor`, and return the gradient at the cut.
-
-        The edge's `checkpoint` is that before the step.
-        """
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> StepResult:
+        """Train the edge's half on one batch and return the gradient at the cut. The edge's `checkpoint` is that before it."""
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         """Loss and logits of one batch; nothing is trained."""
@@ -94,17 +91,17 @@ class DeviceTrainer:
         self._micro_batch = micro_batch
         self._tight = tight
 
-    def step(self, step: int, batch: Batch, rate_factor: float = 1.0, checkpoint: int = 0) -> TrainedStep:
+    def step(self, step: int, batch: Batch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> TrainedStep:
         """Step number `step`, counted from 1: activation out, gradient in, one optimiser step on either side.
 
-        Both halves' learning rate is the schedule's times `rate_factor`. The edge keeps `checkpoint` before it.
+        The learning rate of `terms` is that of both halves. The edge keeps `checkpoint` before it.
         """
         self._half.train()
         self.adapter.mount()
         with phase("forward"):
             activation, cut_batch = self._forward(batch)
         with phase("wait"):
-            result = self.edge.step(step, self.adapter.version, cut_batch, rate_factor, checkpoint)
+            result = self.edge.step(step, self.adapter.version, cut_batch, terms, checkpoint)
         if (result.step, result.version) != (step, self.adapter.version):
             raise WireError(
                 f"the edge answered step {result.step} of version {result.version}; step {step} of version"
@@ -114,7 +111,7 @@ class DeviceTrainer:
             backward_from(activation, result.gradient)
         with phase("step"):
             norms = result.layer_norms | self.adapter.layer_norms()
-            self.adapter.step(self.adapter.optimizer.rate(step) * rate_factor)
+            self.adapter.step(self.adapter.optimizer.rate(step) * terms.rate_factor)
         del activation, cut_batch
         if self._tight:
             release_freed_memory()

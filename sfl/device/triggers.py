@@ -26,6 +26,9 @@ class UploadRule(Protocol):
     waits: bool  # for the next version after an upload
     factor: float  # on the thresholds, from what uploads cost
 
+    def follow(self, policy: UploadPolicy) -> None:
+        """Hear before a step how far apart uploads are to be: the federation server says so anew when it has met all devices."""
+
     def sense(self, upload_s: float, step_s: float) -> None:
         """Hear how many seconds the next upload will take and a step takes, before `validation_due`."""
 
@@ -158,6 +161,10 @@ class TriggeredUploads:
         self._unseen = 0  # steps since the last validation that was due
         self._referred: int | None = None  # steps since the reference was set
 
+    def follow(self, policy: UploadPolicy) -> None:
+        if policy.HasField("triggered"):
+            self._min_steps, self._max_steps = policy.triggered.min_steps, policy.triggered.max_steps
+
     def sense(self, upload_s: float, step_s: float) -> None:
         if self._network is not None:
             self.factor = threshold_factor(self._network, self._min_steps, upload_s, step_s)
@@ -220,6 +227,9 @@ class PeriodicUploads:
     def __init__(self, policy: Periodic) -> None:
         self._local_steps = policy.local_steps
         self._steps = 0
+
+    def follow(self, policy: UploadPolicy) -> None:
+        """Rounds are alike for all."""
 
     def sense(self, upload_s: float, step_s: float) -> None:
         """Rounds come when they come."""

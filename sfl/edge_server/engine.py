@@ -20,10 +20,19 @@ from sfl.model.load import check_max_length
 from sfl.model.local_adapter import LocalAdapter, values_in
 from sfl.model.lora import AdapterSlots
 from sfl.model.seeds import dropout_seed
-from sfl.model.tasks import IGNORED, score
+from sfl.model.tasks import IGNORED, adjusted_loss, score
 from sfl.state_file import Document, Tensors
 from sfl.v1 import split_pb2
-from sfl.wire.split import CutBatch, Evaluation, SessionRequest, StepResult, open_from_wire, open_to_wire
+from sfl.wire.split import (
+    ORDINARY,
+    CutBatch,
+    Evaluation,
+    SessionRequest,
+    StepResult,
+    StepTerms,
+    open_from_wire,
+    open_to_wire,
+)
 
 
 @dataclass
@@ -138,13 +147,12 @@ class EdgeEngine:
         self._sessions[request.device] = session
         return session
 
-    def step(self, session: Session, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
+    def step(self, session: Session, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY) -> StepResult:
         """Forward from the cut, backward to it, one optimiser step. The last step asked again is answered again.
 
-        The step's learning rate is the schedule's times `rate_factor`.
-
-        Raises `WireError` when the version is not the session's, the step not the next one, a label is none or the loss
-        or a gradient is not finite, and `ModelError` for more tokens than the model takes. Nothing has been trained then.
+        Raises `WireError` when the version is not the session's, the step not the next one, a label or an offset of the logits
+        is none of a class, or the loss or a gradient is not finite, and `ModelError` for more tokens than the model takes.
+        Nothing has been trained then.
         """
         self._require_version(session, version)
         if step == session.last_step and session.last_result is not None:
@@ -160,7 +168,9 @@ class EdgeEngine:
         with chance.apart(session.random_state):
             self._half.train()
             session.adapter.mount()
-            loss, _ = self._half(activation, batch.attention_mask, batch.labels, session.request.cut)
+            loss, logits = self._half(activation, batch.attention_mask, batch.labels, session.request.cut)
+            if terms.logit_offsets:
+                loss = adjusted_loss(self.task, logits, batch.labels, terms.logit_offsets)
             if not math.isfinite(loss.item()):
                 raise DivergedError(
                     f"the loss of step {step} is {loss.item()}: lower the learning rate, and give some token a label"
@@ -171,7 +181,7 @@ class EdgeEngine:
         if not (all(map(math.isfinite, norms.values())) and torch.isfinite(gradient).all()):
             raise DivergedError(f"the gradients of step {step} are not finite: lower the learning rate")
         session.random_state = random_state
-        session.adapter.step(session.adapter.optimizer.rate(step) * rate_factor)
+        session.adapter.step(session.adapter.optimizer.rate(step) * terms.rate_factor)
         result = StepResult(step, version, loss.item(), norms, gradient)
         session.last_step, session.last_result = step, result
         return result

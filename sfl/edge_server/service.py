@@ -35,9 +35,9 @@ from sfl.wire.split import (
     batch_from_wire,
     evaluation_to_wire,
     open_from_wire,
-    rate_factor_from_wire,
     standing_from_wire,
     step_to_wire,
+    terms_from_wire,
 )
 from sfl.wire.tensors import RawTensor
 
@@ -219,12 +219,12 @@ class SplitService(SplitTrainingServicer):
 
     async def _step(self, session: Session, message: split_pb2.Step, tensors: list[RawTensor]) -> Answer:
         loop = asyncio.get_running_loop()
-        arrived, factor = loop.time(), rate_factor_from_wire(message)
+        arrived, terms = loop.time(), terms_from_wire(message)
 
         def compute() -> StepResult:
             started, before = loop.time(), session.last_step
             self._keeper.keep(session, message.checkpoint)
-            result = self._engine.step(session, message.step, message.version, self._batch(session, tensors), factor)
+            result = self._engine.step(session, message.step, message.version, self._batch(session, tensors), terms)
             if session.last_step > before:  # and so not answered again; counted even if the device is gone by now
                 loop.call_soon_threadsafe(self._count, session, result, loop.time() - started, started - arrived)
             return result

@@ -14,53 +14,53 @@ at a time, so memory does not grow with their number, except for rules that say 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sfl.adapters.state import AdapterKey, AdapterState, trained_part
+from sfl.adapters.state import AdapterState, trained_part
 from sfl.errors import AdapterError, SettingsError, UpdateError
 from sfl.fed_server.merges import make_merge
 from sfl.fed_server.privacy import Privacy
 from sfl.fed_server.robust import Combining, Screening, make_robust, required
-from sfl.fed_server.strategies import Memory, make_strategy
+from sfl.fed_server.strategies import Moments, make_strategy
 from sfl.fed_server.updates import Update, by_device
 from sfl.settings import FedSettings
 from sfl.v1 import federation_pb2 as pb
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What an aggregation leaves for the next one; kept with the version."""
+class ServerState:
+    """What an aggregation leaves for the next one, beside the adapter; kept with the version."""
 
-    moments: Memory = field(default_factory=dict)  # of the server optimiser
+    moments: Moments = field(default_factory=dict)  # of the server optimiser
     spent: Mapping[str, float] = field(default_factory=dict)  # of each device's privacy budget
 
 
 @dataclass(frozen=True)
 class Aggregated:
-    """What the pool has become. Nothing is remembered of it before it is published: see `Aggregation.keep`."""
+    """What the pool has become. Nothing of it is kept before it is published: see `Aggregation.keep`."""
 
     state: AdapterState
-    remembered: Remembered
+    server_state: ServerState
     weights: dict[str, float] = field(default_factory=dict)  # of each device whose update counted
     rejected: dict[str, str] = field(default_factory=dict)  # the reason, by device
     notes: dict[str, Any] = field(default_factory=dict)  # for the metrics: what the stages have to say
 
 
 class Aggregation:
-    """The stages that the settings name, and what they remember. Raises `SettingsError` when these cannot work together, or
+    """The stages that the settings name, and the server state. Raises `SettingsError` when these cannot work together, or
     the expected devices are too few for the robust rule."""
 
-    def __init__(self, settings: FedSettings, remembered: Remembered | None = None) -> None:
-        self.remembered = remembered or Remembered()
+    def __init__(self, settings: FedSettings, server_state: ServerState | None = None) -> None:
+        self.server_state = server_state or ServerState()
         self.strategy = make_strategy(settings.strategy)
         self.merge = make_merge(settings.merge)
         self._robust = make_robust(settings.robust)
-        self._privacy = Privacy(settings.privacy, self.remembered.spent)
+        self._privacy = Privacy(settings.privacy, self.server_state.spent)
         self._clips = settings.privacy.on
         rule, attackers = settings.robust.rule, settings.robust.attackers
         self.least = required(rule, attackers) if self._robust is not None else 1  # updates in a pool
@@ -71,9 +71,11 @@ class Aggregation:
                 f" `devices` is {settings.devices}: lower robust.attackers or choose another rule"
             )
 
-    def policy(self, size: float = 1.0) -> pb.UploadPolicy:
-        """When a device uploads and how it trains, for this strategy and merge; `size` as for `Strategy.policy`."""
+    def policy(self, size: float = 1.0, logit_offsets: Sequence[float] = ()) -> pb.UploadPolicy:
+        """When a device uploads and how it trains, for this strategy and merge; `size` as for `Strategy.policy`, and the offsets
+        as for `logit_offsets`."""
         policy = self.strategy.policy(size)
+        policy.logit_offsets.extend(logit_offsets)
         policy.frozen_parts.extend(self.merge.frozen_parts)
         policy.fresh_optimizer = self.merge.fresh_optimizer
         return policy
@@ -114,7 +116,7 @@ class Aggregation:
             notes["clipped"] = admitted.clipped
         if len(counted) < self.least:
             few = f"{self.why}, and the pool has {len(counted)}"
-            return Aggregated(state, self.remembered, rejected=rejected | {update.device: few for update in counted})
+            return Aggregated(state, self.server_state, rejected=rejected | {update.device: few for update in counted})
         weights = self.strategy.weights(counted, population)
         merging, shares = self.strategy.prepare(counted, weights), weights
         if isinstance(self._robust, Screening):
@@ -127,14 +129,14 @@ class Aggregation:
             merging, shares = [one], {one.device: sum(weights.values())}
         merged = self.merge.merge(state, merging, shares)
         merged = self._privacy.with_noise(merged, self.merge.trained(merged), weights)
-        result, moments = self.strategy.apply(state, merged, self.remembered.moments)
+        result, moments = self.strategy.apply(state, merged, self.server_state.moments)
         _require_finite(result)
-        return Aggregated(result, Remembered(moments, self._privacy.after(weights)), weights, rejected, notes)
+        return Aggregated(result, ServerState(moments, self._privacy.after(weights)), weights, rejected, notes)
 
     def keep(self, done: Aggregated) -> None:
-        """Remember what `done`, now published, leaves."""
-        self.remembered = done.remembered
-        self._privacy.spent = dict(done.remembered.spent)
+        """Go on from what `done`, now published, leaves."""
+        self.server_state = done.server_state
+        self._privacy.spent = dict(done.server_state.spent)
 
     def epsilons(self) -> dict[str, float]:
         """What each device that took part has spent of its privacy, if there is any."""
@@ -144,12 +146,8 @@ class Aggregation:
         """The one update that `rule` makes of all."""
         delta = rule.combine(updates, weights)
         largest = max(updates, key=lambda update: update.rank)
-
-        def read(keys: Collection[AdapterKey] | None) -> AdapterState:
-            return {key: value for key, value in delta.items() if keys is None or key in keys}
-
-        name = f"{rule.name} of {len(updates)}"
-        return dataclasses.replace(largest, device=name, read=read, base=lambda: self.merge.view(state, largest.rank))
+        name, base = f"{rule.name} of {len(updates)}", lambda: self.merge.view(state, largest.rank)
+        return dataclasses.replace(largest.holding(delta), device=name, base=base)
 
 
 def _require_finite(state: AdapterState) -> None:

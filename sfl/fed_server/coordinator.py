@@ -19,11 +19,13 @@ from sfl.errors import (
     UnknownMemberError,
 )
 from sfl.fed_server import server_state
+from sfl.fed_server.advice import advice
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.agreement import Agreement, agree, check_labels
 from sfl.fed_server.contents import Contents
 from sfl.fed_server.intake import Intake
 from sfl.fed_server.ledger import Ledger
+from sfl.fed_server.logit_adjustment import logit_offsets
 from sfl.fed_server.members import Member, Presence, Roster
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
@@ -49,7 +51,7 @@ class Placement:
 class Federation:
     """All that the federation server decides. No gRPC, no asyncio: one thread calls it, and `tick` once a second.
 
-    `on_change` is called when something has changed that watchers should hear: `agreement`, `examples`, `version`,
+    `on_change` is called when something has changed that watchers should hear: `agreement`, `policy`, `version`,
     `finished`, `failure`, or the number of joined devices. `clock` gives seconds that never go back.
 
     What must outlive the process is in `out`: the pool of updates, the ledger and the roster. With the versions they are all that
@@ -72,17 +74,21 @@ class Federation:
         self.on_change: Callable[[], None] = lambda: None
         self.agreement: Agreement | None = None
         self.failure: SflError | None = None  # why no agreement will ever be reached
+        self._gathered: list[Member] = []  # the devices, once all have joined or the time for it is over
+        self._offsets: dict[str, tuple[float, ...]] = {}  # of the logits, by device
         if len(settings.labels) == 1:
             raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
         self._store = store
         self._metrics = metrics
         newest = store.newest()
-        remembered = None
+        earlier = None
         if newest is not None:
-            remembered = server_state.load(store, newest, make_strategy(settings.strategy), settings.privacy.on)
-        self._aggregation = Aggregation(settings, remembered)
+            earlier = server_state.load(store, newest, make_strategy(settings.strategy), settings.privacy.on)
+        self._aggregation = Aggregation(settings, earlier)
         self._strategy = self._aggregation.strategy
+        for line in advice(settings, self._aggregation):
+            log.warning("%s", line)
         self._ledger = Ledger(out)
         stock = take_stock(self._ledger, store)
         self.id, self._proposer = stock.federation, stock.proposer
@@ -192,10 +198,13 @@ class Federation:
         return self._aggregation.epsilons()
 
     def policy(self, name: str) -> pb.UploadPolicy:
-        """When the member `name` uploads, and how it trains; paced by what it has of the data of all that have joined."""
-        devices = self._roster.devices()
-        own, all_of_them = self._roster.get(name).examples, sum(device.examples for device in devices)
-        return self._aggregation.policy(own * len(devices) / all_of_them if own else 1.0)
+        """When the member `name` uploads, and how it trains; paced by what it has of the data of all once they have joined, and
+        until then as the settings say, so that it does not matter who comes first."""
+        own = self._roster.get(name).examples
+        if not self._gathered or not own:
+            return self._aggregation.policy()
+        examples = sum(device.examples for device in self._gathered)
+        return self._aggregation.policy(own * len(self._gathered) / examples, self._offsets.get(name, ()))
 
     # Joining and agreeing
 
@@ -224,6 +233,7 @@ class Federation:
             log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
         self._agree()
+        self._gather()
         self._roster_file.keep(self.finished)
         self.on_change()
 
@@ -232,6 +242,15 @@ class Federation:
         self.finished = self._ended = False
         self._roster.forget_devices()
         log.info("the earlier run had finished: another one begins with version %s", self.version)
+
+    def _gather(self) -> None:
+        """Note who takes part, by which each device's policy goes."""
+        self._gathered = self._roster.gathered()
+        strength = self._settings.strategy.logit_adjustment
+        if strength and self.agreement is not None:
+            known = [device for device in self._gathered if device.label_counts]
+            counts = {device.name: dict(zip(device.labels, device.label_counts)) for device in known}
+            self._offsets = logit_offsets(counts, self.agreement.labels, strength)
 
     def _agree(self) -> None:
         if self.agreement is not None:
@@ -298,6 +317,7 @@ class Federation:
             state = self._maker.view(version, rank or member.lora.rank)
         except AdapterError as error:
             raise RefusedError(str(error)) from error
+        self._roster.fetched(name, version)
         upper = edge_half(state, first_layer)
         return device_half(upper, last_layer) if last_layer else upper
 
@@ -399,6 +419,9 @@ class Federation:
             self._forget_away()
         if self.finished:
             return
+        if not self._gathered and self._roster.gathered():  # the others are not expected any more
+            self._gather()
+            self.on_change()
         if self._roster.all_done() and self.version is not None:
             self._finish()
         elif self._maker.make_if_due():

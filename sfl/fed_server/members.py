@@ -32,6 +32,7 @@ class Member:
     columns: tuple[str, ...] = ()
     max_length: int = 0
     rank: int = 0  # of its LoRA factors; 0: that of `lora`
+    label_counts: tuple[int, ...] = ()  # training examples with each of `labels`; none where it does not say
     edge: str = field(default="", compare=False)  # the edge server that it has a session with, once it has one; it may move
 
     @property
@@ -103,6 +104,7 @@ class _Entry:
     left: bool = False
     returns: bool = False  # it was there before the server was started anew, and has not been heard of since
     edges: set[str] = field(default_factory=set)  # those that a device has had sessions with
+    fetched: int | None = None  # the last version, which a device trains on
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,11 @@ class Roster:
             raise RefusedError(f"{member.describe()} cannot join: it has no training examples")
         if member.examples > MOST_EXAMPLES:
             raise RefusedError(f"{member.describe()} cannot join: no device has {member.examples} training examples")
+        if member.label_counts and (len(member.label_counts), sum(member.label_counts)) != (len(member.labels), member.examples):
+            raise RefusedError(
+                f"{member.describe()} cannot join: its {len(member.label_counts)} label counts add up to"
+                f" {sum(member.label_counts)}, and it has {len(member.labels)} labels and {member.examples} training examples"
+            )
         prompts = self._prompts()
         if prompts is not None:
             prompts.require(member)
@@ -296,16 +303,30 @@ class Roster:
 
     def examples(self, pooled: AbstractSet[str]) -> int:
         """Training examples of all devices that are present, have left or are among `pooled`: not of those that died."""
-        counted = (e for name, e in self._entries.items() if e.left or name in pooled or self._present(e))
+        devices = ((name, entry) for name, entry in self._entries.items() if entry.member.role == "device")
+        counted = (entry for name, entry in devices if entry.left or name in pooled or self._present(entry))
         return sum(entry.member.examples for entry in counted)
 
     def missing(self) -> int:
         """Number of devices that are expected to join yet: none once the time for it is over."""
         return 0 if self._clock() > self._join_until else max(0, self._expected - len(self.devices()))
 
+    def gathered(self) -> list[Member]:
+        """All devices that have joined; none while some are expected yet."""
+        return [] if self.missing() else self.devices()
+
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
         self._hear(self._entry(name))
+
+    def fetched(self, name: str, version: int) -> None:
+        """Note that `name` has fetched a version."""
+        self._entry(name).fetched = version
+
+    def in_training(self) -> set[int]:
+        """The versions that devices have fetched last, but for those that are done. Who died may come back."""
+        entries = (entry for entry in self._entries.values() if entry.member.role == "device" and not entry.left)
+        return {entry.fetched for entry in entries if entry.fetched is not None}
 
     def watch_begins(self, name: str) -> None:
         entry = self._entry(name)

@@ -27,6 +27,7 @@ def member_from_wire(request: pb.JoinRequest) -> Member:
         max_length=request.max_length,
         rank=request.rank,
         edge=request.edge,
+        label_counts=tuple(request.label_counts),
     )
 
 

@@ -204,6 +204,11 @@ class Pool:
         """The submissions in the pool, by device and in order."""
         return [submission for device in sorted(self._whole) for submission in self._whole[device]]
 
+    def versions(self) -> set[int]:
+        """The versions that halves and whole updates in the pool stem from."""
+        whole = {submission.version for submissions in self._whole.values() for submission in submissions}
+        return whole | {pending.header.version for pending in self._pending.values()}
+
     def waited_s(self) -> float:
         """Seconds since the first update of the pool."""
         return self._clock() - self._since

@@ -12,6 +12,9 @@ The mechanism, with C the clip and z the noise multiplier:
 
     sum over k of w_k delta_k min(1, C / ||delta_k||) + N(0, (z C max w)^2)
 
+The noise goes by what one update can add, however many are in the sum: the fewer versions all devices' updates become, the
+less noise in all, at the same epsilon.
+
 What it protects: whoever sees the versions, all of them, learns little of what one device's whole update was, and so of its
 data: (epsilon, delta)-differential privacy of devices, where neighbouring federations are those in which one device's
 updates are zero. What it does not: the federation server sees every update and is trusted to clip and add noise; the edge
@@ -37,7 +40,6 @@ import numpy as np
 
 from sfl.adapters.state import AdapterKey, AdapterState
 from sfl.errors import AdapterError, SettingsError
-from sfl.fed_server.robust.norms import norm, scaled
 from sfl.fed_server.updates import Update, by_device
 from sfl.federation_settings import PrivacySettings
 from sfl.telemetry import log
@@ -92,10 +94,10 @@ class Privacy:
                     f" it past privacy.epsilon {self._settings.epsilon:g}"
                 )
                 continue
-            size = norm(update) if self._settings.on else 0.0
+            size = update.norm() if self._settings.on else 0.0
             if size > self._settings.clip:
                 clipped[update.device] = self._settings.clip / size
-                update = scaled(update, clipped[update.device])
+                update = update.scaled(clipped[update.device])
             admitted.append(update)
         return Admitted(admitted, refused, clipped)
 

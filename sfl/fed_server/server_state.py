@@ -1,15 +1,17 @@
-"""What the federation server remembers with a version, in files beside the adapter, so that one started anew goes on from it.
+"""The server state of a version in files beside the adapter, so that a server started anew goes on from it.
 
 `devices.json` holds the weights of the devices whose updates made the version. `server_state.safetensors` holds the server
 optimiser's moments, each tensor under STRATEGY/MOMENT/KEY; it is there only with such an optimiser. `privacy.json` holds what
 each device has spent of its privacy, "inf" once a version without noise holds an update of it; it is there only where updates
-are clipped. A version without it promised nothing: the devices in it have spent all that there is.
+are clipped, or the version before has been removed. A version without it promised nothing: the devices in it have spent all that
+there is.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
@@ -17,8 +19,8 @@ from safetensors.numpy import save as save_tensors
 
 from sfl.adapters.state import AdapterKey
 from sfl.errors import AdapterError
-from sfl.fed_server.aggregation import Aggregated, Remembered
-from sfl.fed_server.strategies import Memory, Strategy
+from sfl.fed_server.aggregation import Aggregated, ServerState
+from sfl.fed_server.strategies import Moments, Strategy
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.telemetry import log
 
@@ -26,33 +28,53 @@ DEVICES, MOMENTS, SPENT = "devices.json", "server_state.safetensors", "privacy.j
 
 
 def files(done: Aggregated, strategy: str) -> dict[str, bytes]:
-    """The files with what is to be remembered of `done`, by name."""
+    """The files with the server state of `done`, by name."""
     found = {DEVICES: json.dumps(done.weights).encode()}
-    if done.remembered.moments:
-        moments = done.remembered.moments.items()
+    if done.server_state.moments:
+        moments = done.server_state.moments.items()
         found[MOMENTS] = save_tensors(
             {f"{strategy}/{name}/{key}": value for name, state in moments for key, value in state.items()}
         )
-    if done.remembered.spent:
-        spent = {device: value if math.isfinite(value) else str(value) for device, value in done.remembered.spent.items()}
-        found[SPENT] = json.dumps(spent).encode()  # JSON has no infinity
+    if done.server_state.spent:
+        found[SPENT] = _account(done.server_state.spent)
     return found
 
 
-def load(store: VersionStore, newest: Version, strategy: Strategy, private: bool) -> Remembered:
-    """What was remembered up to `newest`; of moments only those of `strategy`, and what was spent only if it is `private` now.
+def _account(spent: Mapping[str, float]) -> bytes:
+    finite = {device: value if math.isfinite(value) else str(value) for device, value in spent.items()}
+    return json.dumps(finite).encode()  # JSON has no infinity
+
+
+def hand_over(store: VersionStore, version: int) -> None:
+    """Write what was spent up to the version after `version`, which is about to be removed, beside that one if it is not there.
+
+    Where it is not known, nothing is written, and a server that needs to know does not start: see `load`. Raises
+    `AdapterWriteError` when the file cannot be written.
+    """
+    if store.extra(version + 1, SPENT) is not None:
+        return
+    try:
+        spent = _spent(store, version + 1)
+    except AdapterError as error:
+        log.debug("%s", error)
+        return
+    store.add_extra(version + 1, SPENT, _account(spent))
+
+
+def load(store: VersionStore, newest: Version, strategy: Strategy, private: bool) -> ServerState:
+    """The server state up to `newest`; of moments only those of `strategy`, and what was spent only if it is `private` now.
 
     Raises `AdapterError` when a file is damaged or one that is needed is missing, or its moments are not of that version's
     tensors.
     """
     moments = _load_moments(store, newest.number, strategy.settings.name)
     try:
-        strategy.check_memory(moments, newest.state)
+        strategy.check_moments(moments, newest.state)
     except AdapterError as error:
         raise AdapterError(
             f"{MOMENTS} of version {newest.number} does not belong to it: {error}; delete that file to begin without moments"
         ) from error
-    return Remembered(moments, _spent(store, newest.number) if private else {})
+    return ServerState(moments, _spent(store, newest.number) if private else {})
 
 
 def _spent(store: VersionStore, newest: int) -> dict[str, float]:
@@ -85,19 +107,19 @@ def _figures(store: VersionStore, version: int, name: str) -> dict[str, float] |
     return figures
 
 
-def _load_moments(store: VersionStore, version: int, strategy: str) -> Memory:
+def _load_moments(store: VersionStore, version: int, strategy: str) -> Moments:
     """Nothing where another strategy had made the version, which is logged."""
     content = store.extra(version, MOMENTS)
-    memory: Memory = {}
+    found: Moments = {}
     if content is None:
-        return memory
+        return found
     try:
         for name, value in load_tensors(content).items():
             whose, moment, key = name.split("/", 2)
             if whose != strategy:
                 log.warning("version %d was made by %s: %s begins without its moments", version, whose, strategy)
                 return {}
-            memory.setdefault(moment, {})[AdapterKey.parse(key)] = value
+            found.setdefault(moment, {})[AdapterKey.parse(key)] = value
     except (SafetensorError, ValueError, AdapterError) as error:
         raise AdapterError(f"{MOMENTS} of version {version} is damaged: {error}") from error
-    return memory
+    return found

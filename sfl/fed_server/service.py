@@ -152,8 +152,9 @@ class FederationService(FederationServicer):  # type: ignore[misc]
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         async with _refusing(context):
             layers = request.first_layer, request.last_layer
-            state = self._federation.fetch(request.name, request.version, *layers, request.rank)
-            message = pb.AdapterMessage(version=pb.VersionHeader(version=request.version))
+            version = (self._federation.version or 0) if request.newest else request.version
+            state = self._federation.fetch(request.name, version, *layers, request.rank)
+            message = pb.AdapterMessage(version=pb.VersionHeader(version=version))
             for frame in frames(message, to_tensors(state), self.traffic):
                 await context.write(frame)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from sfl.adapters.state import AdapterKey, AdapterState
+from sfl.adapters.state import AdapterKey, AdapterState, norm, scaled
 from sfl.errors import AdapterError, UpdateError
 
 Read = Callable[[Collection[AdapterKey] | None], AdapterState]
@@ -43,12 +43,23 @@ class Update:
         except AdapterError as error:
             raise UpdateError(self.device, str(error)) from error
 
+    def norm(self) -> float:
+        """||delta theta_k||_2 over all its tensors. Raises as `delta` does."""
+        return norm(self.delta())
+
+    def scaled(self, factor: float) -> Update:
+        """The same update with its delta times `factor`."""
+        return self.changed(lambda delta: scaled(delta, factor))
+
     def changed(self, change: Callable[[AdapterState], AdapterState]) -> Update:
-        """The same update with `change` applied to its whole delta, anew at each reading."""
+        """The same update with `change`, which treats each tensor by itself, applied to what is read, anew at each reading."""
+        return dataclasses.replace(self, read=lambda keys: change(self.read(keys)))
+
+    def holding(self, delta: AdapterState) -> Update:
+        """The same update with another `delta`, which stays in memory."""
 
         def read(keys: Collection[AdapterKey] | None) -> AdapterState:
-            whole = change(self.read(None))
-            return whole if keys is None else {key: whole[key] for key in keys if key in whole}
+            return {key: value for key, value in delta.items() if keys is None or key in keys}
 
         return dataclasses.replace(self, read=read)
 

@@ -135,7 +135,7 @@ class VersionMaker:
         except AdapterError as error:  # would come again at every tick
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
-            done = Aggregated(newest.state, self._aggregation.remembered, rejected=lost)
+            done = Aggregated(newest.state, self._aggregation.server_state, rejected=lost)
         if not done.weights and not self._aggregation.strategy.waits:
             for submission in (each for pooled in taken for each in pooled.submissions):
                 self._ledger.dropped(submission, _reason(submission, done))
@@ -158,7 +158,18 @@ class VersionMaker:
         self.made += 1
         self._told_no_quorum = False
         self._tell(newest.number + 1, updates, done, time.perf_counter() - started)
+        self._remove_superseded()
         return True
+
+    def _remove_superseded(self) -> None:
+        """Delete the versions that are not to be kept and that nobody needs any more."""
+        needed = self._roster.in_training() | self._pool.versions()
+        try:
+            for number in self._store.superseded(self._settings.keep_versions, needed):
+                server_state.hand_over(self._store, number)
+                self._store.remove(number)
+        except AdapterWriteError as error:  # tried again with the next version
+            log.warning("%s", error)
 
     def _updates(self, taken: list[Pooled], newest: int) -> list[Update]:
         view = lru_cache(maxsize=_VIEWS_KEPT)(self.view)

@@ -1,9 +1,9 @@
-"""The versions of the global adapter: all of them on disk, the newest in memory."""
+"""The versions of the global adapter: on disk until they are removed, the newest in memory."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +55,30 @@ class VersionStore:
         self._newest = Version(number, state, layout)
 
     def load(self, number: int) -> AdapterState:
-        """A version's tensors. Raises `AdapterError` when there is no such version or its files are damaged."""
+        """A version's tensors. Raises `AdapterError` when there is no such version (any more) or its files are damaged."""
         if self._newest is None or not 0 <= number <= self._newest.number:
             newest = "none is published yet" if self._newest is None else f"the newest is {self._newest.number}"
             raise AdapterError(f"there is no version {number}: {newest}")
         if number == self._newest.number:
             return self._newest.state
+        if not self._path(number).is_dir():
+            raise AdapterError(
+                f"version {number} has been removed, and {self._newest.number} is the newest: `keep_versions` in the federation"
+                " server's settings says how many are kept"
+            )
         return peft_format.read(self._path(number))[0]
+
+    def superseded(self, keep: int, needed: Collection[int]) -> list[int]:
+        """The versions on disk, sorted, that are not among the `keep` newest, nor `needed`, nor version 0; none for 0."""
+        if self._newest is None or not keep:
+            return []
+        older = range(1, self._newest.number - keep + 1)
+        return sorted(number for number in version_numbers(self.folder) if number in older and number not in needed)
+
+    def remove(self, number: int) -> None:
+        """Delete a version, unless it is the newest. Raises `AdapterWriteError` when that cannot be done."""
+        if self._newest is not None and number < self._newest.number:
+            peft_format.remove(self._path(number))
 
     def extra(self, number: int, name: str) -> bytes | None:
         """What `publish` wrote to the file `name` beside a version; None when there is no such file.
@@ -75,6 +92,10 @@ class VersionStore:
             return None
         except OSError as error:
             raise AdapterError(f"{path} cannot be read: {error}") from error
+
+    def add_extra(self, number: int, name: str, content: bytes) -> None:
+        """Write one more file beside a version. Raises `AdapterWriteError` when it cannot be written."""
+        peft_format.add_file(self._path(number), name, content)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"v{number}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from sfl.errors import ModelError
+from sfl.errors import ModelError, WireError
 
 IGNORED = -100  # the label that Hugging Face's causal-LM loss leaves out
 
@@ -22,6 +24,17 @@ def make_labels(task: str, input_ids: Tensor, attention_mask: Tensor, classes: T
     if classes is None or classes.shape != input_ids.shape[:1]:
         raise ModelError(f"classification of {len(input_ids)} texts needs as many classes")
     return classes.to(torch.int64)
+
+
+def adjusted_loss(task: str, logits: Tensor, labels: Tensor, offsets: Sequence[float]) -> Tensor:
+    """Mean cross-entropy, a scalar, of (B, classes) logits with `offsets`, one of each class, added to them.
+
+    Raises `WireError` for another task than classification, and for another number of offsets than of classes.
+    """
+    if task != "classification" or len(offsets) != logits.shape[-1]:
+        raise WireError(f"{len(offsets)} offsets of the logits came: only a classification has them, one of each of its classes")
+    shifted = logits.float() + torch.tensor(offsets, dtype=torch.float32, device=logits.device)
+    return cross_entropy(shifted, labels)
 
 
 @dataclass(frozen=True)

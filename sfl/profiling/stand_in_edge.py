@@ -13,7 +13,16 @@ from sfl.v1 import split_pb2 as pb
 from sfl.v1 import tensor_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.wire.frames import CHUNK_BYTES, Assembler, Traffic, frames
-from sfl.wire.split import CutBatch, Evaluation, StepResult, batch_to_wire, step_from_wire, step_request
+from sfl.wire.split import (
+    ORDINARY,
+    CutBatch,
+    Evaluation,
+    StepResult,
+    StepTerms,
+    batch_to_wire,
+    step_from_wire,
+    step_request,
+)
 from sfl.wire.tensors import ITEM_BYTES
 from sfl.wire.torch_tensors import WIRE_DTYPE
 
@@ -33,8 +42,8 @@ class StandInEdge:
     def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
         """There is nothing to open."""
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
-        message = DeviceMessage(step=step_request(step, version, rate_factor, checkpoint))
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> StepResult:
+        message = DeviceMessage(step=step_request(step, version, terms, checkpoint))
         outgoing = list(frames(message, batch_to_wire(batch), self.traffic))  # all wait in a queue, as with the real link
         outgoing.reverse()
         while outgoing:

@@ -19,7 +19,7 @@ DEVICE: Role
 EDGE: Role
 
 class JoinRequest(_message.Message):
-    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length", "rank", "edge", "federation")
+    __slots__ = ("name", "role", "task", "base_model", "model_fingerprint", "lora", "cut", "examples", "labels", "columns", "max_length", "rank", "edge", "federation", "label_counts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class JoinRequest(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     EDGE_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    LABEL_COUNTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     task: str
@@ -48,7 +49,8 @@ class JoinRequest(_message.Message):
     rank: int
     edge: str
     federation: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., edge: _Optional[str] = ..., federation: _Optional[str] = ...) -> None: ...
+    label_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., task: _Optional[str] = ..., base_model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., lora: _Optional[_Union[_split_pb2.Lora, _Mapping]] = ..., cut: _Optional[int] = ..., examples: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., rank: _Optional[int] = ..., edge: _Optional[str] = ..., federation: _Optional[str] = ..., label_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ("federation",)
@@ -103,7 +105,7 @@ class Agreement(_message.Message):
     def __init__(self, labels: _Optional[_Iterable[str]] = ..., columns: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., policy: _Optional[_Union[UploadPolicy, _Mapping]] = ...) -> None: ...
 
 class UploadPolicy(_message.Message):
-    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "feedback", "adopt_after_upload")
+    __slots__ = ("keep_progress", "final_upload", "periodic", "triggered", "proximal", "frozen_parts", "shared_edge_adapter", "fresh_optimizer", "feedback", "adopt_after_upload", "logit_offsets")
     KEEP_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FINAL_UPLOAD_FIELD_NUMBER: _ClassVar[int]
     PERIODIC_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +116,7 @@ class UploadPolicy(_message.Message):
     FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     FEEDBACK_FIELD_NUMBER: _ClassVar[int]
     ADOPT_AFTER_UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     keep_progress: bool
     final_upload: bool
     periodic: Periodic
@@ -124,7 +127,8 @@ class UploadPolicy(_message.Message):
     fresh_optimizer: bool
     feedback: Feedback
     adopt_after_upload: bool
-    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ..., feedback: _Optional[_Union[Feedback, _Mapping]] = ..., adopt_after_upload: _Optional[bool] = ...) -> None: ...
+    logit_offsets: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, keep_progress: _Optional[bool] = ..., final_upload: _Optional[bool] = ..., periodic: _Optional[_Union[Periodic, _Mapping]] = ..., triggered: _Optional[_Union[Triggered, _Mapping]] = ..., proximal: _Optional[float] = ..., frozen_parts: _Optional[_Iterable[str]] = ..., shared_edge_adapter: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ..., feedback: _Optional[_Union[Feedback, _Mapping]] = ..., adopt_after_upload: _Optional[bool] = ..., logit_offsets: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Periodic(_message.Message):
     __slots__ = ("local_steps", "round_timeout_s")
@@ -269,18 +273,20 @@ class VersionHeader(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("name", "version", "first_layer", "last_layer", "rank")
+    __slots__ = ("name", "version", "first_layer", "last_layer", "rank", "newest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     first_layer: int
     last_layer: int
     rank: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+    newest: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., rank: _Optional[int] = ..., newest: _Optional[bool] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("name", "evaluates")

@@ -113,7 +113,8 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """The part of a published version that lies in layers [first_layer, last_layer).
+        """The part of a published version that lies in layers [first_layer, last_layer). Old versions are removed after a while, but
+        never the one that a device has fetched last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -140,16 +140,18 @@ class Opened(_message.Message):
     def __init__(self, last_step: _Optional[int] = ..., checkpoint: _Optional[int] = ..., lost: _Optional[bool] = ..., edge: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "version", "learning_rate_factor", "checkpoint")
+    __slots__ = ("step", "version", "learning_rate_factor", "checkpoint", "logit_offsets")
     STEP_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FACTOR_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     step: int
     version: int
     learning_rate_factor: float
     checkpoint: int
-    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ..., checkpoint: _Optional[int] = ...) -> None: ...
+    logit_offsets: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, step: _Optional[int] = ..., version: _Optional[int] = ..., learning_rate_factor: _Optional[float] = ..., checkpoint: _Optional[int] = ..., logit_offsets: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("step", "version", "loss", "layer_norms")

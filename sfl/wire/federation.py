@@ -142,9 +142,16 @@ class FederationClient:
         has joined with.
         """
         rank = self._request.rank if rank is None else rank
-        request = pb.FetchRequest(name=self._name, version=version, first_layer=first_layer, last_layer=last_layer, rank=rank)
+        return self._fetch(pb.FetchRequest(version=version, first_layer=first_layer, last_layer=last_layer, rank=rank))[1]
 
-        def call() -> AdapterState:
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        """The newest version at the federation server, perhaps newer than `newest`, and what `fetch` gives of it."""
+        return self._fetch(pb.FetchRequest(newest=True, last_layer=last_layer, rank=self._request.rank))
+
+    def _fetch(self, request: pb.FetchRequest) -> tuple[int, AdapterState]:
+        request.name = self._name
+
+        def call() -> tuple[int, AdapterState]:
             assembler: Assembler[pb.AdapterMessage] = Assembler(self.traffic)
             started = time.monotonic()
             answer = self._stub.Fetch(request, timeout=CALL_S)
@@ -155,8 +162,8 @@ class FederationClient:
                 if whole is not None:
                     if self._uplink is not None:
                         self._uplink.answered(began_s)
-                    return from_tensors(whole[1])
-            raise WireError(f"version {version} ended before its last byte")
+                    return whole[0].version.version, from_tensors(whole[1])
+            raise WireError("a version ended before its last byte")
 
         return self._retry(call)
 
@@ -235,6 +242,11 @@ class FederationClient:
         """The newest version that was announced, None before the first; never blocks. Raises why nothing is heard any more."""
         self._require_watch()
         return self._newest
+
+    @property
+    def policy(self) -> pb.UploadPolicy | None:
+        """The upload policy that was announced last, None before the agreement; never blocks."""
+        return None if self._agreement is None else self._agreement.policy
 
     @property
     def finished(self) -> bool:

@@ -122,6 +122,18 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class StepTerms:
+    """On what terms a step trains: its learning rate is the schedule's times `rate_factor`, and `logit_offsets`, one of each
+    class where there are any, are added to the logits in its loss (see `sfl.fed_server.logit_adjustment`)."""
+
+    rate_factor: float = 1.0
+    logit_offsets: tuple[float, ...] = ()
+
+
+ORDINARY = StepTerms()
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Mean `loss` over `count` examples (classification) or tokens (causal LM), and for classification the logits,
     (batch, classes) float32."""
@@ -141,18 +153,21 @@ def rules_from_wire(message: pb.Open | UploadPolicy) -> TrainingRules:
     return TrainingRules(message.proximal, parts, message.fresh_optimizer, message.shared_edge_adapter)
 
 
-def rate_factor_from_wire(message: pb.Step) -> float:
-    """The factor on a step's learning rate. Raises `WireError` unless it is a number above 0, or left out."""
-    factor = message.learning_rate_factor or 1.0
+def terms_from_wire(message: pb.Step) -> StepTerms:
+    """Raises `WireError` unless the factor on the learning rate is a number above 0, or left out, and the offsets are finite."""
+    factor, offsets = message.learning_rate_factor or 1.0, tuple(message.logit_offsets)
     if not 0 < factor < math.inf:
         raise WireError(f"the factor on the learning rate of step {message.step} is {factor}: it must be a number above 0")
-    return factor
+    if not all(map(math.isfinite, offsets)):
+        raise WireError(f"the logits' offsets of step {message.step} are {offsets}: they must be numbers")
+    return StepTerms(factor, offsets)
 
 
-def step_request(step: int, version: int, rate_factor: float, checkpoint: int = 0) -> pb.Step:
-    """The request for a training step; a factor of 1 takes no bytes."""
-    factor = 0.0 if rate_factor == 1.0 else rate_factor
-    return pb.Step(step=step, version=version, learning_rate_factor=factor, checkpoint=checkpoint)
+def step_request(step: int, version: int, terms: StepTerms, checkpoint: int = 0) -> pb.Step:
+    """The request for a training step; the ordinary terms take no bytes."""
+    factor = 0.0 if terms.rate_factor == 1.0 else terms.rate_factor
+    offsets = terms.logit_offsets
+    return pb.Step(step=step, version=version, learning_rate_factor=factor, logit_offsets=offsets, checkpoint=checkpoint)
 
 
 def standing_from_wire(message: pb.Open) -> Standing:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfl.adapters.layout import LoraSpec
-from sfl.adapters.state import HEAD, AdapterKey, device_half, difference, edge_half, total
+from sfl.adapters.state import HEAD, AdapterKey, device_half, difference, edge_half, norm, scaled, total
 from sfl.errors import AdapterError
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1)
@@ -40,6 +40,15 @@ def test_difference_and_total_name_what_does_not_fit() -> None:
         total({}, left)
     with pytest.raises(AdapterError, match=r"0/q/A has shape \(3,\), expected \(2, 3\)"):
         difference({AdapterKey(0, "q", "A"): np.ones(3, "f4")}, left)
+
+
+def test_a_norm_is_over_all_tensors_together_and_scales() -> None:
+    state = {AdapterKey(0, "q", "A"): np.full((1, 2), 2.0, "f4"), AdapterKey(HEAD, "score", "weight"): np.ones(1, "f4")}
+    assert norm(state) == 3.0 and norm({}) == 0.0
+    turned = scaled(state, -0.5)
+    assert norm(turned) == 1.5 and turned[AdapterKey(0, "q", "A")].dtype == np.float32
+    assert (turned[AdapterKey(0, "q", "A")] == -1).all() and (state[AdapterKey(0, "q", "A")] == 2).all()
+    assert norm({AdapterKey(0, "q", "A"): np.full(4, 1e30, "f4")}) == pytest.approx(2e30), "in float64"
 
 
 def test_lora_settings_name_their_first_difference() -> None:

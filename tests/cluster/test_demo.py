@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,28 @@ DEVICE_KEYS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """A tiny model, and the data of three devices with different labels."""
+
+    model: Path
+    data: tuple[Path, Path, Path]
+
+
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A tiny model and three devices' data with different labels."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("demo")
-    model = save_tiny_model(folder / "model", "bert")
-    files = [
+    first, second, third = (
         write_texts(folder / f"{i}.txt", 90, seed=i, labels=labels)
         for i, labels in enumerate([("Benign", "C&C"), ("Benign", "DDoS"), ("Benign",)])
-    ]
-    return [
-        "--model",
-        str(model),
-        "--max-length",
-        "24",
-        "--batch-size",
-        "4",
-        *(flag for file in files for flag in ("--data", str(file))),
-    ]
+    )
+    return Inputs(save_tiny_model(folder / "model", "bert"), (first, second, third))
 
 
-def start(flags: list[str], out: Path, *more: str) -> subprocess.Popen[str]:
+def start(inputs: Inputs, out: Path, *more: str, files: int = 3) -> subprocess.Popen[str]:
+    """`sfl demo` on the first so many files of the data, one device each unless `more` says otherwise."""
+    data = (flag for file in inputs.data[:files] for flag in ("--data", str(file)))
+    flags = ["--model", str(inputs.model), "--max-length", "24", "--batch-size", "4", *data]
     command = [sys.executable, "-m", "sfl.cli.main", "demo", *flags, "--out", str(out), *more]
     environment = {
         **os.environ,
@@ -76,10 +78,10 @@ def daemons_of(out: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-def test_a_whole_run(flags: list[str], tmp_path: Path) -> None:
+def test_a_whole_run(inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ("--json", "--devices", "4", "--edges", "2", "--cut", "1,2,3", "--steps", "12", "--seed", "3")
-    code, stdout, stderr = finish(start(flags, out, *more))
+    code, stdout, stderr = finish(start(inputs, out, *more))
     assert code == 0, stderr
     summary: dict[str, Any] = json.loads(stdout)
     assert summary == json.loads((out / "summary.json").read_text())
@@ -109,9 +111,9 @@ def test_a_whole_run(flags: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["interrupt", "kill a device"])
-def test_what_ends_a_run_ends_all_of_it(flags: list[str], tmp_path: Path, what: str) -> None:
+def test_what_ends_a_run_ends_all_of_it(inputs: Inputs, tmp_path: Path, what: str) -> None:
     out = tmp_path / "out"
-    process = start(flags[:-2], out, "--steps", "100000")  # two devices will do
+    process = start(inputs, out, "--steps", "100000", files=2)
     deadline = time.monotonic() + 90
     while not (out / "device-2/metrics.jsonl").is_file() or '"step"' not in (out / "device-2/metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < deadline, finish(process)
@@ -130,8 +132,8 @@ def test_what_ends_a_run_ends_all_of_it(flags: list[str], tmp_path: Path, what: 
         assert code == 1 and "device-2 was killed by SIGKILL" in stderr and "device-2/log.txt" in stderr
 
 
-def test_a_daemon_that_cannot_start_is_named(flags: list[str], tmp_path: Path) -> None:
-    code, stdout, stderr = finish(start(flags[:-4], tmp_path / "out", "--cut", "4"))  # one device will do
+def test_a_daemon_that_cannot_start_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    code, stdout, stderr = finish(start(inputs, tmp_path / "out", "--cut", "4", files=1))
     assert code == 1 and stdout == "" and "Traceback" not in stderr
     assert "a cut is between 1 and 3" in stderr and "/log.txt" in stderr
     assert not daemons_of(tmp_path / "out")

@@ -59,7 +59,7 @@ def settings(folder: Path, **changes: Any) -> CompareSettings:
         "seeds": 1,
         "curve_points": 3,
         "latency_texts": 3,
-        "fed": {"strategy": {"local_steps": 3, "min_steps": 2, "validate_every": 3}},
+        "fed": {"keep_versions": 1, "strategy": {"local_steps": 3, "min_steps": 2, "validate_every": 3}},  # it keeps all
         "out": folder / "out",
     }
     return CompareSettings.model_validate({**values, **changes})

@@ -45,9 +45,11 @@ def test_a_file_and_flags(tmp_path: Path) -> None:
     assert load(CompareSettings, again, environment={}) == found
 
 
-def test_the_benchmark_of_the_paper_is_a_comparison() -> None:
-    found = load(CompareSettings, ROOT / "benchmarks" / "iot23.toml", ["--data", "there"], environment={})
-    assert all(variant.centralised or variant.fed_settings(7, ("x", "y")) for variant in variants(found))
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_benchmarks_are_comparisons(file: Path) -> None:
+    found = load(CompareSettings, file, ["--data", "there"], environment={})
+    assert all(variant.centralised or variant.fed_settings(found.devices or 7, ("x", "y")) for variant in variants(found))
+    assert f"#     sfl compare --config benchmarks/{file.name} --data " in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,8 @@ def test_wrong_settings_are_named(flags: list[str], message: str) -> None:
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    assert "--curve-points" in run("compare", "--help").stdout
+    listing = run("compare", "--help").stdout
+    assert "--curve-points" in listing and "sfl compare --show OUT" in listing
     for arguments, message in (
         (["--stes", "3"], "unknown setting --stes"),
         (["--show"], "--show takes the folder of a comparison"),

@@ -62,6 +62,20 @@ def test_columns_that_no_run_has_are_left_out() -> None:
     assert more - shown == {"backdoor", "without_trigger", "epsilon", "refused", "lost"}
 
 
+def test_a_run_without_refused_updates_has_0_of_them_beside_those_with_some() -> None:
+    nothing_sent = {"submissions": None, "fed_received": None, "fed_sent": None}
+    outcomes = {
+        "good": {0: outcome(), 1: outcome()},
+        "worse": {0: outcome(refused=3), 1: outcome(refused=0, lost=1)},
+        "centralised": {0: outcome(**nothing_sent)},
+    }
+    shown = [column for column in columns(outcomes, COST) if column.name in ("refused", "lost")]
+    assert [row[2:] for row in rows(outcomes, shown)] == [["0.0", "0.0"], ["1.5", "0.5"], ["-", "-"]]
+    assert as_json(outcomes)[1]["refused"] == {"mean": 1.5, "min": 0, "max": 3}
+    assert columns({"good": outcomes["good"]}, shown) == [], "a column of noughts says nothing"
+    assert columns({"safe": {0: outcome(backdoor=0.0)}}, [COLUMNS["backdoor"]]), "but a backdoor that never works does"
+
+
 def test_text_markdown_and_json_say_the_same() -> None:
     nothing = {"submissions": None, "fed_received": None, "fed_sent": None, "edge_received": None, "split_latency_s": None}
     outcomes = {"a | b": {0: outcome(0.9, attacked=True), 1: outcome(0.8)}, "centralised": {0: outcome(0.95, **nothing)}}

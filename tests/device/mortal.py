@@ -236,14 +236,20 @@ class FedLink:
         self._world = world
 
     @property
+    def policy(self) -> UploadPolicy:
+        with self._world.lock:
+            return self._world.federation.policy("device-1")
+
+    @property
     def newest(self) -> int | None:
         with self._world.lock:
             return self._world.federation.version
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        self._meet(f"fetch {version}")
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        self._meet("fetch")
         with self._world.lock:
-            return self._world.federation.fetch("device-1", version, first_layer, last_layer)
+            version = self._world.federation.version or 0
+            return version, self._world.federation.fetch("device-1", version, 0, last_layer)
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         fault = self._meet("submit")

@@ -29,6 +29,7 @@ from sfl.v1.federation_pb2 import (
     UpdateHeader,
     UploadPolicy,
 )
+from sfl.wire.split import StepTerms
 from tests.metrics import events
 
 STATE: AdapterState = {AdapterKey(0, "q", "A"): np.ones((2, 3), dtype="f4")}
@@ -45,10 +46,13 @@ class Diary:
         self.adapter = SimpleNamespace(version=0, take_progress=lambda: STATE, adopt=self._adopt)
         self.edge = SimpleNamespace(submit=self._take, adopt=lambda *request: None)
         self.newest: int | None = 0
+        self.at_server: int | None = None  # the newest version, if it has not heard of that yet
         self.finished = False
+        self.policy: UploadPolicy | None = None
         self.said: list[str] = []
         self.headers: list[UpdateHeader] = []
         self.rate_factors: list[float] = []
+        self.offsets: list[tuple[float, ...]] = []
         self._norms = iter(norms)
         self._losses = iter(losses)
         self._step_s = step_s
@@ -57,9 +61,10 @@ class Diary:
     def clock(self) -> float:
         return self._now
 
-    def step(self, step: int, batch: Batch, rate_factor: float = 1.0, checkpoint: int = 0) -> TrainedStep:
+    def step(self, step: int, batch: Batch, terms: StepTerms, checkpoint: int = 0) -> TrainedStep:
         self.said.append(f"step {step}")
-        self.rate_factors.append(rate_factor)
+        self.rate_factors.append(terms.rate_factor)
+        self.offsets.append(terms.logit_offsets)
         self._now += self._step_s
         return TrainedStep(1.0, {0: next(self._norms, 1.0)})
 
@@ -75,9 +80,10 @@ class Diary:
         self.said.append(f"adopt {version}{' and keep' if keep_progress else ''}")
         self.adapter.version = version
 
-    def fetch(self, version: int, first_layer: int = 0, last_layer: int = 0) -> AdapterState:
-        self.said.append(f"fetch {version} [{first_layer}, {last_layer})")
-        return STATE
+    def fetch_newest(self, last_layer: int) -> tuple[int, AdapterState]:
+        newest = self.at_server or self.newest or 0
+        self.said.append(f"fetch {newest} [0, {last_layer})")
+        return newest, STATE
 
     def submit(self, header: UpdateHeader, state: AdapterState) -> bool:
         assert state is STATE
@@ -201,6 +207,49 @@ def test_who_adopts_after_uploads_alone_finishes_its_steps_first(tmp_path: Path)
     ]
     assert [(h.version, h.steps) for h in diary.headers] == [(0, 3), (1, 3), (1, 1)]
     assert [event["dropped_steps"] for event in events(tmp_path, "adopt")] == [0]
+
+
+def test_uploads_are_as_far_apart_as_the_policy_says_that_was_announced_last(tmp_path: Path) -> None:
+    def every(steps: int, keep: bool = True) -> UploadPolicy:
+        return UploadPolicy(keep_progress=keep, triggered=Triggered(alpha=0.5, beta=9, min_steps=steps, max_steps=steps))
+
+    diary = Diary()
+    run = iter(made(diary, every(5), 20, tmp_path))
+    for _ in range(3):
+        next(run)
+    diary.policy = every(2, keep=False)
+    assert next(run) == Progress.TRAINED and uploads_at(tmp_path) == [4], "between two steps, and at once if it is time"
+    next(run)
+    diary.policy, diary.newest = every(4), 1
+    list(run)
+    assert uploads_at(tmp_path) == [4, 8, 12, 16, 20]
+    assert [event["dropped_steps"] for event in events(tmp_path, "adopt")] == [0], "the rest is as it was at the start"
+
+
+def test_the_logits_offsets_are_those_that_were_announced_last(tmp_path: Path) -> None:
+    diary = Diary()
+    run = iter(made(diary, rounds(), 4, tmp_path))
+    next(run)
+    diary.finished, diary.policy = True, UploadPolicy(logit_offsets=[0.5, -2])
+    list(run)
+    assert diary.offsets == [(), (0.5, -2), (0.5, -2), (0.5, -2)]
+
+
+def test_what_is_adopted_is_the_newest_version_at_the_server(tmp_path: Path) -> None:
+    """The one that the device has heard of may have been removed there."""
+    diary = Diary()
+    diary.newest, diary.at_server = 2, 4
+    policy = UploadPolicy(keep_progress=True, final_upload=True, triggered=Triggered(alpha=0.5, beta=9, min_steps=9))
+    list(made(diary, policy, 2, tmp_path))
+    assert diary.said[:4] == ["fetch 4 [0, 2)", "adopt 4 and keep", "step 1", "step 2"]
+    assert [event["version"] for event in events(tmp_path, "adopt")] == [4] and diary.headers[0].version == 4
+
+
+def test_rounds_are_what_they_were_at_the_start(tmp_path: Path) -> None:
+    diary = Diary()
+    diary.finished, diary.policy = True, UploadPolicy(triggered=Triggered(min_steps=1, max_steps=1))
+    list(made(diary, rounds(), 6, tmp_path))
+    assert uploads_at(tmp_path) == [2, 4, 6]
 
 
 def test_what_an_adoption_dropped_is_not_submitted() -> None:

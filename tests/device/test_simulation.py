@@ -16,7 +16,7 @@ from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
 from sfl.errors import SettingsError, SflError
 from sfl.settings import DeviceSettings, FedSettings, LoraSettings, OptimizerSettings, StrategySettings
-from sfl.simulated_time import Pace
+from sfl.simulated_time import DeviceSpeed
 from sfl.simulation import Conditions, LoadedHalves, Simulated, simulate
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import DEVICE, UpdateHeader
@@ -131,8 +131,8 @@ def test_halves_that_are_loaded_once_train_as_fresh_ones(tmp_path: Path) -> None
 
 def test_a_round_ends_with_the_slowest_device_and_its_link(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
-    paces = {"device-0": Pace(0.1), "device-1": Pace(0.5, bytes_per_s=1e4, round_trip_s=2.0)}
-    found = run(tmp_path, "out", devices(tmp_path, model, [1, 2]), conditions=Conditions(paces))
+    speeds = {"device-0": DeviceSpeed(0.1), "device-1": DeviceSpeed(0.5, bytes_per_s=1e4, round_trip_s=2.0)}
+    found = run(tmp_path, "out", devices(tmp_path, model, [1, 2]), conditions=Conditions(speeds))
     times = [came.simulated_s for came in found.published]
     sent = found.device_traffic["device-1"][1].sent / 3  # the three are equally large
     received = found.device_traffic["device-1"][1].received / 3  # versions 0 to 2
@@ -144,7 +144,7 @@ def test_a_round_ends_with_the_slowest_device_and_its_link(tmp_path: Path) -> No
 
 def test_who_does_not_wait_goes_on_while_another_uploads(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
-    slow = {"device-1": Pace(0.1, bytes_per_s=1e3)}
+    slow = {"device-1": DeviceSpeed(0.1, bytes_per_s=1e3)}
     settings = devices(tmp_path, model, [1, 2])
     run(tmp_path, "even", settings, "gsfs")
     run(tmp_path, "slow", settings, "gsfs", conditions=Conditions(slow))
@@ -152,6 +152,27 @@ def test_who_does_not_wait_goes_on_while_another_uploads(tmp_path: Path) -> None
     assert uploads["slow"] > 1
     adopted = {out: [event["step"] for event in events(tmp_path / out / "device-0", "adopt")] for out in ("even", "slow")}
     assert adopted["even"] and adopted["even"] != adopted["slow"]
+
+
+@pytest.mark.parametrize("merge", ["fedex", "flexlora"])
+def test_a_run_that_keeps_few_versions_is_the_one_that_keeps_all(tmp_path: Path, merge: str) -> None:
+    settings = devices(tmp_path, save_tiny_model(tmp_path / "model", "bert"), [1, 2, 3])
+    slow = Conditions({"device-2": DeviceSpeed(0.55, bytes_per_s=1e4)})
+    found = {}
+    for keep in (0, 1):
+        chosen = StrategySettings(min_steps=1, max_steps=2, validate_every=0)
+        fed = FedSettings(devices=3, strategy=chosen, merge=merge, keep_versions=keep)
+        found[keep] = simulate(fed, settings, tmp_path / str(keep), conditions=slow)
+    last = found[0].federation.version
+    assert last is not None and last == found[1].federation.version and not found[1].federation.refused
+    lags = [lag for event in events(tmp_path / "1" / "fed", "aggregate") for lag in event["lags"].values()]
+    assert max(lags) >= 1, "updates of versions that are not the newest ones"
+    assert len(list((tmp_path / "0" / "adapters").iterdir())) == last + 1 > 10
+    assert len(list((tmp_path / "1" / "adapters").iterdir())) < 6
+    for name, values in found[0].local.items():
+        assert all(np.array_equal(found[1].local[name][key], value) for key, value in values.items())
+    one, two = newest(tmp_path, "0", last), newest(tmp_path, "1", last)
+    assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
 def test_examples_and_updates_can_be_replaced(tmp_path: Path) -> None:
@@ -203,13 +224,13 @@ def test_a_device_whose_loss_is_not_finite_ends_alone_and_the_last_one_with_the_
         run(tmp_path, "all", [wild], "gsfs")
 
 
-def test_fedbuff_wastes_no_step_however_unequal_the_paces(tmp_path: Path) -> None:
+def test_fedbuff_wastes_no_step_however_unequal_the_speeds(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "bert")
-    paces = {"device-0": Pace(0.1), "device-1": Pace(0.35)}
+    speeds = {"device-0": DeviceSpeed(0.1), "device-1": DeviceSpeed(0.35)}
     chosen = StrategySettings(name="fedbuff", local_steps=3, buffer=1)
     settings = devices(tmp_path, model, [1, 2])
-    simulate(FedSettings(devices=2, strategy=chosen), settings, tmp_path / "out", conditions=Conditions(paces))
-    adopted = {name: events(tmp_path / "out" / name, "adopt") for name in paces}
+    simulate(FedSettings(devices=2, strategy=chosen), settings, tmp_path / "out", conditions=Conditions(speeds))
+    adopted = {name: events(tmp_path / "out" / name, "adopt") for name in speeds}
     assert all(event["dropped_steps"] == 0 and event["step"] % 3 == 0 for found in adopted.values() for event in found)
     assert len(adopted["device-1"]) == 2
     made = events(tmp_path / "out" / "fed", "aggregate")

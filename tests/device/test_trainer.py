@@ -13,7 +13,7 @@ from sfl.data.batches import Batch
 from sfl.device.trainer import DeviceTrainer
 from sfl.edge_server.engine import EdgeEngine, Session
 from sfl.errors import WireError
-from sfl.wire.split import CutBatch, Evaluation, StepResult
+from sfl.wire.split import ORDINARY, CutBatch, Evaluation, StepResult, StepTerms
 from tests.edge_server.made import Halves
 
 
@@ -28,8 +28,8 @@ class DirectEdge:
     def begin(self, session: str, version: int, last_step: int = 0, checkpoint: int = 0) -> None:
         """It has begun."""
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0, checkpoint: int = 0) -> StepResult:
-        return replace(self._engine.step(self._session, step, version, batch, rate_factor), **self.changes)
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> StepResult:
+        return replace(self._engine.step(self._session, step, version, batch, terms), **self.changes)
 
     def evaluate(self, version: int, batch: CutBatch) -> Evaluation:
         return self._engine.evaluate(self._session, version, batch)

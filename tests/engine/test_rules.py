@@ -17,7 +17,7 @@ from sfl.device.trainer import DeviceTrainer
 from sfl.model.families import family_of
 from sfl.model.lora import AdapterSlots
 from sfl.model.tasks import make_labels
-from sfl.wire.split import OptimizerSpec, SessionRequest, TrainingRules
+from sfl.wire.split import OptimizerSpec, SessionRequest, StepTerms, TrainingRules
 from tests.device.test_trainer import DirectEdge, batch
 from tests.edge_server.made import Halves, at_rank
 
@@ -52,9 +52,9 @@ class Split:
         self._link = DirectEdge(halves.engine, self.session)
         self._trainer = DeviceTrainer(half, self.adapter, self._link, halves.task)
 
-    def train(self, batches: list[Batch], factor: float = 1.0) -> list[float]:
-        done = self.session.last_step
-        return [self._trainer.step(number, each, factor).loss for number, each in enumerate(batches, start=done + 1)]
+    def train(self, batches: list[Batch], factor: float = 1.0, offsets: tuple[float, ...] = ()) -> list[float]:
+        done, terms = self.session.last_step, StepTerms(factor, offsets)
+        return [self._trainer.step(number, each, terms).loss for number, each in enumerate(batches, start=done + 1)]
 
     def adopt(self, state: AdapterState, version: int, keep: bool) -> None:
         self._engine.adopt(self.session, version, state, keep)
@@ -193,6 +193,19 @@ def test_a_factor_on_the_rate_reaches_both_halves_and_one_step_alone() -> None:
     assert all(np.array_equal(split.values()[key], value) for key, value in unsplit.values().items())
     again.train(BATCHES[:STEPS], 1.0)
     assert any(not np.array_equal(split.values()[key], value) for key, value in again.values().items())
+
+
+def test_offsets_of_the_logits_are_as_good_as_biases_of_the_head() -> None:
+    """A head whose bias is greater by the offsets learns the same, and every gradient is the same."""
+    halves, offsets = Halves(family="bert", rank=RANK), (1.5, -3.0, 0.25)
+    bias = next(key for key in halves.initial if key.layer == HEAD and key.part == "bias" and len(halves.initial[key]) == 3)
+    raised = halves.initial | {bias: halves.initial[bias] + np.float32(offsets)}
+    request = halves.request(cut=2, optimizer=SGD)
+    split, other = Split(halves, request, halves.initial), Split(Halves(family="bert", rank=RANK), request, raised)
+    np.testing.assert_allclose(split.train(BATCHES[:STEPS], offsets=offsets), other.train(BATCHES[:STEPS]), rtol=1e-6)
+    found, expected = split.progress(), other.progress()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=str(key))
 
 
 def test_frozen_factors_that_come_change_and_go_are_as_good_as_weights_of_the_base() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfl.adapters.state import HEAD, AdapterKey, AdapterState
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, scaled
 from sfl.errors import AdapterError, SettingsError
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.merges import MERGES, make_merge
@@ -20,10 +21,6 @@ from tests.fed_server.made import adapter, same, update
 
 def aggregation(**changes: Any) -> Aggregation:
     return Aggregation(FedSettings.model_validate({"devices": 7, **changes}))
-
-
-def stretched(state: AdapterState, factor: float) -> AdapterState:
-    return {key: np.float32(factor) * value for key, value in state.items()}
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,6 +46,22 @@ def test_one_update_counts_whole_and_the_newest_is_not_changed_in_place() -> Non
     done = aggregation(strategy={"name": "fedavg"}).aggregate(state, [update("a", 1)], 1)
     assert all(np.array_equal(done.state[key], value + adapter(1)[key]) for key, value in adapter(0).items())
     assert same(state, adapter(0))
+
+
+def test_a_changed_update_reads_no_more_than_it_is_asked_for() -> None:
+    asked: list[Any] = []
+    plain = update("a", 1)
+
+    def read(keys: Any) -> AdapterState:
+        asked.append(keys)
+        return plain.read(keys)
+
+    key, *others = sorted(adapter(1))
+    double = dataclasses.replace(plain, read=read).scaled(2.0)
+    assert same(double.delta([key]), {key: 2 * adapter(1)[key]}) and asked == [[key]]
+    assert same(double.delta(), scaled(adapter(1), 2.0)) and double.norm() == pytest.approx(2 * plain.norm())
+    held = double.holding({key: adapter(2)[key]})
+    assert same(held.delta(), {key: adapter(2)[key]}) and held.delta(others) == {} and asked == [[key], None, None]
 
 
 def is_weighted_sum(name: str) -> bool:
@@ -118,7 +131,7 @@ def pool(attack: AdapterState, honest: int = 5) -> list[Any]:
 
 @pytest.mark.parametrize("rule", ["krum", "multi-krum", "median", "trimmed-mean", "norm-clip"])
 def test_under_a_robust_rule_attackers_do_not_have_their_way(rule: str) -> None:
-    updates = pool(stretched(adapter(1), -100))
+    updates = pool(scaled(adapter(1), -100))
     robust = {"rule": rule, "attackers": 2}
     done = aggregation(robust=robust, strategy={"name": "fedavg"}).aggregate(adapter(0), updates, 7)
     plain = aggregation(strategy={"name": "fedavg"}).aggregate(adapter(0), updates, 7)
@@ -161,7 +174,7 @@ def test_more_attackers_than_the_expected_devices_allow_is_said_at_the_start() -
 
 def test_what_would_not_be_finite_is_an_error() -> None:
     with pytest.raises(AdapterError, match="not finite: some update is far too large"), np.errstate(all="ignore"):
-        aggregation().aggregate(adapter(0), [update("a", state=stretched(adapter(1), 3e38)), update("b", 2)], 2)
+        aggregation().aggregate(adapter(0), [update("a", state=scaled(adapter(1), 3e38)), update("b", 2)], 2)
 
 
 # Privacy

@@ -36,6 +36,40 @@ def test_labels_in_the_settings_are_agreed_at_once_sorted_as_everywhere(tmp_path
     fed.join(device("b", labels=("flood",)))
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_how_far_apart_uploads_are_does_not_depend_on_who_came_first(tmp_path: Path, order: str) -> None:
+    members = {"a": device("a", examples=30), "b": device("b", examples=10)}
+    fed = federation(tmp_path, 2, labels=("benign", "scan"), strategy={"min_steps": 10, "max_steps": 30, "pace": 1.0})
+
+    def told(name: str) -> tuple[int, int]:
+        triggered = fed.policy(name).triggered
+        return triggered.min_steps, triggered.max_steps
+
+    changes: list[int] = []
+    fed.on_change = lambda: changes.append(fed.joined)
+    fed.join(members[order[0]])
+    assert told(order[0]) == (10, 30), "as the settings say, until all are there"
+    fed.join(members[order[1]])
+    assert (told("a"), told("b")) == ((7, 20), (20, 60)) and changes == [1, 2]
+    fed.tick()
+    assert changes == [1, 2], "nothing new"
+
+
+def test_devices_are_paced_without_those_that_never_came(tmp_path: Path) -> None:
+    clock, changes = Clock(), list[float]()
+    fed = federation(tmp_path, 3, clock, labels=("benign", "scan"), strategy={"min_steps": 10, "pace": 1.0}, join_wait_s=30)
+    fed.join(device("a", examples=30))
+    fed.join(device("b", examples=10))
+    fed.on_change = lambda: changes.append(clock.now)
+    for _ in range(5):
+        clock.now += 9
+        fed.tick()
+    assert changes == [136.0], "watchers are told once, when it is so"
+    assert (fed.policy("a").triggered.min_steps, fed.policy("b").triggered.min_steps) == (7, 20)
+    fed.join(device("c", examples=80))
+    assert [fed.policy(name).triggered.min_steps for name in "abc"] == [13, 40, 5], "who comes late counts from then on"
+
+
 def test_a_single_class_is_a_failure_that_says_how_to_mend_it(tmp_path: Path) -> None:
     fed = federation(tmp_path, 1)
     fed.join(device("a", labels=("benign",)))

@@ -12,8 +12,8 @@ import pytest
 from sfl.adapters.state import AdapterKey, device_half, total
 from sfl.errors import AdapterError, RefusedError, SettingsError
 from sfl.fed_server import server_state
-from sfl.fed_server.aggregation import Aggregated, Remembered
-from sfl.fed_server.strategies import Memory
+from sfl.fed_server.aggregation import Aggregated, ServerState
+from sfl.fed_server.strategies import Moments
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import PLACEMENT, adapter, device, edge, federation, same, started, submit, told
 
@@ -72,9 +72,9 @@ def test_moments_of_another_strategy_are_not_taken_up(tmp_path: Path, caplog: py
         ({"m": adapter(0), "v": adapter(0) | {AdapterKey(0, "q", "A"): np.ones((3, 3), "f4")}}, r"0/q/A has shape \(3, 3\)"),
     ],
 )
-def test_moments_that_do_not_fit_their_version_stop_the_start(tmp_path: Path, moments: Memory, reason: str) -> None:
+def test_moments_that_do_not_fit_their_version_stop_the_start(tmp_path: Path, moments: Moments, reason: str) -> None:
     submit(started(tmp_path, [device("a")], strategy={"name": "fedadam"}), "a", adapter(1))
-    content = server_state.files(Aggregated({}, Remembered(moments)), "fedadam")
+    content = server_state.files(Aggregated({}, ServerState(moments)), "fedadam")
     (tmp_path / "v1" / server_state.MOMENTS).write_bytes(content[server_state.MOMENTS])
     (tmp_path / "v1" / "SHA256SUMS").unlink()
     with pytest.raises(AdapterError, match=f"server_state.safetensors of version 1 does not belong to it: .*{reason}.*delete"):
@@ -82,7 +82,7 @@ def test_moments_that_do_not_fit_their_version_stop_the_start(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["server_state.safetensors", "privacy.json"])
-def test_a_damaged_memory_stops_the_start(tmp_path: Path, name: str) -> None:
+def test_a_damaged_server_state_stops_the_start(tmp_path: Path, name: str) -> None:
     changes = {"strategy": {"name": "fedadam"}, "privacy": {"clip": 1.0}}
     submit(started(tmp_path, [device("a")], **changes), "a", adapter(1))
     (tmp_path / "v1" / name).write_bytes(b"no")

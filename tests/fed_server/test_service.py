@@ -21,7 +21,7 @@ import pytest
 
 from sfl.adapters import peft_format
 from sfl.adapters.peft_format import AdapterWriteError
-from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
+from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total, trained_part
 from sfl.errors import RefusedError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.pool import Half
@@ -53,6 +53,11 @@ def join_request(name: str, role: Any = pb.DEVICE, **changes: Any) -> pb.JoinReq
 
 def update(name: str, half: Any, version: int = 0, submission: str = "1") -> pb.UpdateHeader:
     return pb.UpdateHeader(submission=submission, device=name, half=half, version=version, examples=8, steps=1)
+
+
+def small(state: AdapterState) -> AdapterState:
+    """Of rank 1."""
+    return {key: value[trained_part(key, 1)] for key, value in state.items()}
 
 
 @contextmanager
@@ -168,6 +173,36 @@ def test_ranks_travel_and_each_device_is_told_its_own_pace(tmp_path: Path) -> No
         assert small[AdapterKey(0, "q", "A")].shape == (1, 3) and small[AdapterKey(0, "q", "B")].shape == (5, 1)
         assert edge.fetch(0, 1, rank=1)[AdapterKey(1, "q", "A")].shape == (1, 3)
         assert same(b.fetch(0), adapter(0))
+
+
+def test_a_device_that_trains_already_is_told_its_pace_when_the_others_have_come(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 2, labels=("benign", "scan"), strategy={"name": "gsfs", "min_steps": 10, "pace": 1.0})
+    with serving(fed) as (address, _), clients(address, "a", "b") as (a, b):
+        assert a.policy is None
+        a.join(join_request("a"))
+        assert a.agreement(10).policy.triggered.min_steps == 10
+        b.join(join_request("b", examples=30))
+        until(lambda: a.policy is not None and a.policy.triggered.min_steps == 20)
+        assert b.agreement(10).policy.triggered.min_steps == round(10 / 1.5)
+
+
+def test_a_device_that_asks_for_the_newest_version_gets_it_and_for_a_removed_one_hears_so(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 1, keep_versions=1)
+    with serving(fed) as (address, _), clients(address, "edge", "a") as (edge, a):
+        edge.join(join_request("edge", pb.EDGE))
+        a.join(join_request("a", rank=1))
+        edge.agreement(10)
+        with pytest.raises(RefusedError, match="there is no version 0: none is published yet"):
+            a.fetch_newest(1)
+        edge.propose(PROPOSAL, adapter(0))
+        for version in range(3):
+            found, state = a.fetch_newest(1)
+            assert found == version and same(state, a.fetch(version, 0, 1)) and state[AdapterKey(0, "q", "A")].shape == (1, 3)
+            for client, role, part in ((edge, pb.EDGE, edge_half), (a, pb.DEVICE, device_half)):
+                client.submit(update("a", role, version, str(version)), part(small(adapter(1)), 1))
+        with pytest.raises(RefusedError, match="version 1 has been removed, and 3 is the newest"):
+            a.fetch(1)
+        assert a.fetch_newest(1)[0] == 3
 
 
 def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

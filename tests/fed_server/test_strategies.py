@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfl.adapters.state import HEAD, AdapterState
-from sfl.fed_server.strategies import Memory, Standing, make_strategy
+from sfl.fed_server.strategies import Moments, Standing, make_strategy
 from sfl.federation_settings import StrategyName, StrategySettings
 from tests.fed_server.made import LAYERS, adapter, same, update
 
@@ -206,21 +206,21 @@ def moved(state: AdapterState, by: AdapterState) -> AdapterState:
 @pytest.mark.parametrize("name", ["fedavg", "gsfs", "fedbuff"])
 def test_without_a_server_optimiser_the_version_is_what_was_merged(name: StrategyName) -> None:
     merged = moved(adapter(0), progress(1))
-    state, memory = make_strategy(StrategySettings(name=name)).apply(adapter(0), merged, {})
-    assert same(state, merged) and memory == {}
+    state, moments = make_strategy(StrategySettings(name=name)).apply(adapter(0), merged, {})
+    assert same(state, merged) and moments == {}
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
 def test_server_optimisers_do_what_their_papers_say(name: StrategyName) -> None:
     """Three versions against the equations in float64, written out for single values."""
     settings = StrategySettings(name=name, server_rate=0.3, server_momentum=0.8, server_second_momentum=0.95, server_tau=0.01)
-    strategy, state, memory = make_strategy(settings), adapter(0), Memory()
+    strategy, state, moments = make_strategy(settings), adapter(0), Moments()
     expected = {key: value.astype("f8") for key, value in state.items()}
     first = {key: np.zeros(value.shape) for key, value in state.items()}
     second = {key: np.full(value.shape, 0.01**2) for key, value in state.items()}
     for version in (1, 2, 3):
         g = progress(version)
-        state, memory = strategy.apply(state, moved(state, g), memory)
+        state, moments = strategy.apply(state, moved(state, g), moments)
         for key, value in g.items():
             delta = value.astype("f8")
             if name == "fedavgm":
@@ -244,21 +244,21 @@ def test_server_optimisers_do_what_their_papers_say(name: StrategyName) -> None:
 def test_a_server_optimiser_goes_where_the_updates_go_and_changes_nothing_in_place(name: StrategyName) -> None:
     before, merged = adapter(0), moved(adapter(0), progress(1))
     strategy = make_strategy(StrategySettings(name=name))
-    _, memory = strategy.apply(before, merged, {})
-    kept = {moment: {key: value.copy() for key, value in state.items()} for moment, state in memory.items()}
-    after, _ = strategy.apply(before, merged, memory)
+    _, moments = strategy.apply(before, merged, {})
+    kept = {moment: {key: value.copy() for key, value in state.items()} for moment, state in moments.items()}
+    after, _ = strategy.apply(before, merged, moments)
     for key, value in after.items():
         assert (np.sign(value - before[key]) == np.sign(merged[key] - before[key])).all(), "the step is added"
     assert same(before, adapter(0)) and same(merged, moved(adapter(0), progress(1)))
-    assert all(same(memory[moment], kept[moment]) for moment in kept)
+    assert all(same(moments[moment], kept[moment]) for moment in kept)
 
 
 def test_fedavgm_follows_a_steady_progress_at_its_own_pace() -> None:
-    strategy, state, memory = make_strategy(StrategySettings(name="fedavgm")), adapter(0), Memory()
+    strategy, state, moments = make_strategy(StrategySettings(name="fedavgm")), adapter(0), Moments()
     steady = progress(1)
     for _ in range(100):
         last = state
-        state, memory = strategy.apply(state, moved(state, steady), memory)
+        state, moments = strategy.apply(state, moved(state, steady), moments)
     for key, value in steady.items():
         np.testing.assert_allclose(state[key] - last[key], value, rtol=0.02, atol=1e-4)
 

@@ -8,7 +8,7 @@ import pytest
 
 from sfl.adapters.state import device_half, edge_half, total
 from sfl.telemetry import MetricsWriter
-from tests.fed_server.made import Clock, adapter, aggregations, device, half, same, started, submit, told
+from tests.fed_server.made import Clock, adapter, aggregations, device, edge, half, same, started, submit, told
 
 # Of updates
 
@@ -59,6 +59,16 @@ def test_devices_that_died_have_no_share_and_those_that_left_keep_theirs(tmp_pat
     assert second["devices"] == pytest.approx({"a": 1 / 2})
 
 
+def test_an_edge_server_has_no_share_whatever_it_says(tmp_path: Path) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics)
+    fed.join(edge("another", examples=1000))
+    submit(fed, "a", adapter(1))
+    submit(fed, "b", adapter(2))
+    (event,) = aggregations(tmp_path)
+    assert event["devices"] == {"a": 0.5, "b": 0.5}
+
+
 def test_an_aggregation_tells_what_its_updates_were_made_of(tmp_path: Path) -> None:
     metrics = MetricsWriter(tmp_path / "metrics.jsonl")
     fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy={"quorum": 1.0}, metrics=metrics)
@@ -103,6 +113,30 @@ def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(
     obstacle.rmdir()
     fed.tick()
     assert fed.version == 1 and same(fed.fetch("a", 1), total(adapter(0), adapter(1)))
+
+
+@pytest.mark.parametrize("name", ["gsfs", "fedavg"])
+def test_a_pool_that_is_lost_as_a_whole_is_told_device_by_device(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl")
+    strategy = {"name": name, "quorum": 1.0} if name == "gsfs" else {"name": name}
+    fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy=strategy, metrics=metrics)
+    monkeypatch.setattr("sfl.fed_server.coordinator.GREATEST", float("inf"))
+    with np.errstate(over="ignore"):  # each is finite, and a's two together are not
+        for member, submission in (("a", "1"), ("a", "2"), ("b", "1")):
+            submit(fed, member, {key: np.full_like(value, 3e38) for key, value in adapter(1).items()}, submission)
+    refused = told(tmp_path, "refused")
+    assert [(event["device"], event["submission"]) for event in refused] == [("a", None), ("b", None)] and fed.refused == 2
+    assert all("would hold values that are not finite" in event["reason"] for event in refused)
+    assert "the updates of a, b are lost" in caplog.text
+    unchanged = {"devices": {}, "lags": {}, "steps": {}, "trained_on": {}, "submissions": 0, "version": 1}
+    found = [{key: value for key, value in event.items() if key in unchanged} for event in aggregations(tmp_path)]
+    assert found == ([unchanged] if name == "fedavg" else [])
+    assert fed.version == len(found) and same(fed.fetch("a", len(found)), adapter(0))
+    submit(fed, "a", adapter(1), "3", len(found))
+    submit(fed, "b", adapter(1), "3", len(found))
+    assert fed.version == len(found) + 1 and fed.refused == 2, "the pool was empty, and goes on"
 
 
 # Robust rules

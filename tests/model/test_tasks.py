@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sfl.errors import DataError, ModelError
+from sfl.errors import DataError, ModelError, WireError
 from sfl.model.metrics import accuracy, macro_f1
-from sfl.model.tasks import Score, make_labels, score
+from sfl.model.tasks import Score, adjusted_loss, make_labels, score
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
 
@@ -54,3 +54,18 @@ def test_metrics() -> None:
     for figure in (accuracy, macro_f1):
         with pytest.raises(DataError):
             figure(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
+
+
+def test_the_offsets_are_added_to_the_logits() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    assert adjusted_loss("classification", logits, labels, (5.0, 5.0, 5.0)).item() == pytest.approx(plain.item(), rel=1e-5)
+    shifted = logits + torch.tensor([0.0, -3.0, 1.0])
+    expected = -torch.log_softmax(shifted, -1)[range(4), labels].mean()
+    assert adjusted_loss("classification", logits, labels, (0.0, -3.0, 1.0)).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("task, offsets", [("classification", (0.0, 1.0)), ("causal-lm", (0.0, 1.0, 2.0))])
+def test_offsets_of_no_classes_are_refused(task: str, offsets: tuple[float, ...]) -> None:
+    with pytest.raises(WireError, match="offsets of the logits came"):
+        adjusted_loss(task, torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), offsets)

@@ -1,4 +1,7 @@
-"""Real daemons: a device that has nothing but the edge's address trains as one that has the model."""
+"""Real daemons: a device that has nothing but the edge's address trains as one that has the model.
+
+They are not forked: that a guest fetches its half before it imports torch, and loads it then, is what its start is made of.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def test_a_provided_device_trains_as_one_with_the_model(tmp_path: Path, precisio
     device = device_settings("owner", model, data, **common)
     given = {name: value for name, value in plain(device).items() if name not in LEFT_OUT}
     without = {**given, "name": "guest", "cache": str(tmp_path / "cache")}
-    with Daemons(tmp_path / "run", forked=True) as daemons:
+    with Daemons(tmp_path / "run") as daemons:
         daemons.start("fed", FedSettings(devices=2, strategy=StrategySettings(name="fedavg", local_steps=STEPS), listen=fed))
         daemons.start("edge", edge_settings("edge", device, listen=edge, federation=fed, cache=tmp_path / "edge-cache"))
         daemons.start("device", device)

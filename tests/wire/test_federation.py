@@ -42,7 +42,7 @@ class Server(FederationServicer):  # type: ignore[misc]
 
     def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.AdapterMessage]:
         self.fetched.append(request)
-        yield pb.AdapterMessage(version=pb.VersionHeader(version=request.version))
+        yield pb.AdapterMessage(version=pb.VersionHeader(version=5 if request.newest else request.version))
 
     def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveReply:
         self._leave(context)
@@ -131,8 +131,10 @@ def test_a_watch_that_has_ended_is_told_to_whoever_looks(caplog: pytest.LogCaptu
 def test_a_member_fetches_at_the_rank_that_it_joined_with_unless_told_another() -> None:
     with joined() as (client, server):
         assert client.fetch(1, 0, 3) == client.fetch(1, 2, rank=0) == client.fetch(0, rank=4) == {}
-    assert [(asked.version, asked.first_layer, asked.last_layer, asked.rank) for asked in server.fetched] == [
-        (1, 0, 3, 2),
-        (1, 2, 0, 0),
-        (0, 0, 0, 4),
+        assert client.fetch_newest(3) == (5, {}), "whatever it has heard of"
+    assert [(asked.version, asked.newest, asked.first_layer, asked.last_layer, asked.rank) for asked in server.fetched] == [
+        (1, False, 0, 3, 2),
+        (1, False, 2, 0, 0),
+        (0, False, 0, 0, 4),
+        (0, True, 0, 3, 2),
     ]

@@ -18,16 +18,17 @@ from sfl.wire.split import (
     OptimizerSpec,
     SessionRequest,
     StepResult,
+    StepTerms,
     TrainingRules,
     evaluation_from_wire,
     evaluation_to_wire,
     open_from_wire,
     open_to_wire,
-    rate_factor_from_wire,
     rules_from_wire,
     step_from_wire,
     step_request,
     step_to_wire,
+    terms_from_wire,
 )
 
 REQUEST = SessionRequest(
@@ -75,15 +76,22 @@ def test_rules_are_the_policys() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
 def test_a_factor_on_the_rate_survives_and_1_takes_no_bytes(factor: float) -> None:
-    message = step_request(3, 2, factor)
-    assert rate_factor_from_wire(pb.Step.FromString(message.SerializeToString())) == factor
+    message = step_request(3, 2, StepTerms(factor))
+    assert terms_from_wire(pb.Step.FromString(message.SerializeToString())) == StepTerms(factor)
     assert (message.ByteSize() == pb.Step(step=3, version=2).ByteSize()) == (factor == 1)
 
 
 @pytest.mark.parametrize("factor", [-1.0, math.nan, math.inf])
 def test_a_factor_on_the_rate_that_cannot_be(factor: float) -> None:
     with pytest.raises(WireError, match="the factor on the learning rate of step 4 is"):
-        rate_factor_from_wire(pb.Step(step=4, learning_rate_factor=factor))
+        terms_from_wire(pb.Step(step=4, learning_rate_factor=factor))
+
+
+def test_the_logits_offsets_survive() -> None:
+    message = step_request(3, 2, StepTerms(1.0, (0.5, -8.0)))
+    assert terms_from_wire(pb.Step.FromString(message.SerializeToString())).logit_offsets == (0.5, -8.0)
+    with pytest.raises(WireError, match="the logits' offsets of step 4 are"):
+        terms_from_wire(pb.Step(step=4, logit_offsets=[0.0, math.nan]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

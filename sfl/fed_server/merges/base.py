@@ -17,7 +17,7 @@ Place = tuple[int, str]  # block index and module inside the block
 
 
 class Merge(ABC):
-    """How the updates of devices become the next global adapter. Knows no settings, clocks or files, and remembers nothing.
+    """How the updates of devices become the next global adapter. Knows no settings, clocks or files, and keeps no state.
 
     W is what a block module's trained and frozen factors add to its base, without the common scale: B A + frozen_B frozen_A.
     A_k = A_k^0 + dA_k and B_k = B_k^0 + dB_k are the factors that device k ended with, A_k^0 and B_k^0 those of its view of the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfl.fed_server.strategies.base import Memory, Standing, Strategy
+from sfl.fed_server.strategies.base import Moments, Standing, Strategy
 from sfl.fed_server.strategies.fedavg import FedAvg, FedProx
 from sfl.fed_server.strategies.fedbuff import FedBuff
 from sfl.fed_server.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -10,7 +10,7 @@ from sfl.fed_server.strategies.gsfs import Gsfs
 from sfl.fed_server.strategies.splitlora import SplitLora
 from sfl.federation_settings import StrategyName, StrategySettings
 
-__all__ = ["Memory", "Standing", "Strategy", "make_strategy"]
+__all__ = ["Moments", "Standing", "Strategy", "make_strategy"]
 
 _STRATEGIES: dict[StrategyName, type[Strategy]] = {
     "gsfs": Gsfs,

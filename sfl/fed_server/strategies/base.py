@@ -14,7 +14,7 @@ from sfl.fed_server.updates import Update
 from sfl.federation_settings import StrategySettings
 from sfl.v1 import federation_pb2 as pb
 
-Memory = dict[str, AdapterState]  # what a server optimiser remembers: its moments, by name
+Moments = dict[str, AdapterState]  # of a server optimiser, by name
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Standing:
 
 
 class Strategy(ABC):
-    """Decides when the pool becomes a new version and how. Knows nothing of gRPC, clocks or files, and remembers nothing.
+    """Decides when the pool becomes a new version and how. Knows nothing of gRPC, clocks or files, and keeps no state.
 
     Staleness: an update that is `lag` versions behind weighs (1 + lag) ** -staleness times what it would weigh, and what it
     loses goes to nobody: the version changes by that much less. With a staleness of 0 it counts in full.
@@ -68,6 +68,10 @@ class Strategy(ABC):
     def due(self, standing: Standing) -> bool:
         """Whether the pool is to be aggregated now."""
 
+    def least_updates(self, devices: int) -> int:
+        """Of how many of so many devices, with as many examples each, updates make a version."""
+        return devices
+
     def weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         """The weight of each update, by device: positive or zero, with a sum of at most 1.
 
@@ -81,19 +85,19 @@ class Strategy(ABC):
     def _weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         """The weights before staleness."""
 
-    def check_memory(self, memory: Memory, state: AdapterState) -> None:
-        """Raise `AdapterError` unless `memory` can have been remembered with `state`."""
-        if memory:
-            raise AdapterError(f"it has {', '.join(sorted(memory))}, and {self.settings.name} remembers nothing")
+    def check_moments(self, moments: Moments, state: AdapterState) -> None:
+        """Raise `AdapterError` unless `moments` can belong to `state`."""
+        if moments:
+            raise AdapterError(f"it has the moments {', '.join(sorted(moments))}, and {self.settings.name} has none")
 
     def prepare(self, updates: Sequence[Update], weights: Mapping[str, float]) -> list[Update]:
         """The updates as they are to be merged under these weights."""
         return list(updates)
 
-    def apply(self, state: AdapterState, merged: AdapterState, memory: Memory) -> tuple[AdapterState, Memory]:
-        """The next version from `state`, the newest, and `merged`, what the updates make of it; and what to remember with it.
+    def apply(self, state: AdapterState, merged: AdapterState, moments: Moments) -> tuple[AdapterState, Moments]:
+        """The next version from `state`, the newest, and `merged`, what the updates make of it; with its moments.
 
-        `memory` is what was remembered with the newest version, empty before the first one. Nothing is changed in place.
+        `moments` are those of the newest version, empty before the first one. Nothing is changed in place.
         """
         return merged, {}
 

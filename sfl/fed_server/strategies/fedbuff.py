@@ -23,6 +23,9 @@ class FedBuff(Strategy):
         every = pb.Triggered(min_steps=steps, max_steps=steps)  # so no trigger has a say
         return pb.UploadPolicy(triggered=every, adopt_after_upload=True)
 
+    def least_updates(self, devices: int) -> int:
+        return min(self.settings.buffer, devices)
+
     def due(self, standing: Standing) -> bool:
         return sum(standing.pooled.values()) >= self.settings.buffer
 

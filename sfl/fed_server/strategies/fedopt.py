@@ -13,33 +13,33 @@ import numpy as np
 
 from sfl.adapters.state import FROZEN_A, FROZEN_B, AdapterState, Array, require_same_keys
 from sfl.errors import AdapterError
-from sfl.fed_server.strategies.base import Memory, Rounds
+from sfl.fed_server.strategies.base import Moments, Rounds
 
 
 class ServerOptimiser(Rounds):
     """FedAvg's rounds, and theta <- theta + eta * direction(g). What a merge freezes is taken as the merge made it."""
 
-    moments: ClassVar[tuple[str, ...]]
+    moment_names: ClassVar[tuple[str, ...]]
 
-    def check_memory(self, memory: Memory, state: AdapterState) -> None:
+    def check_moments(self, moments: Moments, state: AdapterState) -> None:
         expected = {key: value for key, value in state.items() if key.part not in (FROZEN_A, FROZEN_B)}
-        if memory and memory.keys() != set(self.moments):
-            raise AdapterError(f"it has the moments {', '.join(sorted(memory))}, expected {', '.join(self.moments)}")
-        for moment in memory.values():
+        if moments and moments.keys() != set(self.moment_names):
+            raise AdapterError(f"it has the moments {', '.join(sorted(moments))}, expected {', '.join(self.moment_names)}")
+        for moment in moments.values():
             require_same_keys(moment, expected)
 
-    def apply(self, state: AdapterState, merged: AdapterState, memory: Memory) -> tuple[AdapterState, Memory]:
+    def apply(self, state: AdapterState, merged: AdapterState, moments: Moments) -> tuple[AdapterState, Moments]:
         result: AdapterState = {}
-        after: Memory = {name: {} for name in self.moments}
+        after: Moments = {name: {} for name in self.moment_names}
         for key, value in merged.items():
             if key.part in (FROZEN_A, FROZEN_B):
                 result[key] = value
                 continue
             progress = value - state[key]
-            before = tuple(memory[name][key] if memory else self.start(name, progress) for name in self.moments)
-            direction, moments = self.direction(progress, before)
+            before = tuple(moments[name][key] if moments else self.start(name, progress) for name in self.moment_names)
+            direction, following = self.direction(progress, before)
             result[key] = state[key] + np.float32(self.settings.server_rate) * direction
-            for name, moment in zip(self.moments, moments):
+            for name, moment in zip(self.moment_names, following):
                 after[name][key] = moment
         return result, after
 
@@ -58,7 +58,7 @@ class FedAvgM(ServerOptimiser):
     A progress that stays the same is followed at eta / (1 - beta) times its own pace; the default eta makes that 1.
     """
 
-    moments = ("v",)
+    moment_names = ("v",)
 
     def direction(self, progress: Array, moments: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         moved = np.float32(self.settings.server_momentum) * moments[0] + progress
@@ -68,7 +68,7 @@ class FedAvgM(ServerOptimiser):
 class Adaptive(ServerOptimiser):
     """m <- b1 m + (1 - b1) g, theta <- theta + eta m / (sqrt(v) + tau), v beginning at tau^2 (Reddi et al. 2021, algorithm 2)."""
 
-    moments = ("m", "v")
+    moment_names = ("m", "v")
 
     def start(self, moment: str, progress: Array) -> Array:
         return np.full_like(progress, self.settings.server_tau**2 if moment == "v" else 0.0)

@@ -82,8 +82,10 @@ class Gsfs(Strategy):
             average = sum(counted.values()) / len(counted)
             pooled = sum(counted.get(device, average) for device in standing.pooled)
             return pooled >= self.settings.quorum * (sum(counted.values()) + standing.missing * average) * (1 - 1e-9)
-        needed = math.ceil(self.settings.quorum * (len(counted) + standing.missing) - 1e-9)  # 0.7 * 10 is a little more than 7
-        return len(standing.pooled) >= max(1, needed)
+        return len(standing.pooled) >= self.least_updates(len(counted) + standing.missing)
+
+    def least_updates(self, devices: int) -> int:
+        return max(1, math.ceil(self.settings.quorum * devices - 1e-9))  # 0.7 * 10 is a little more than 7
 
     def _weights(self, updates: Sequence[Update], population: int) -> dict[str, float]:
         if self.settings.weights == "share":

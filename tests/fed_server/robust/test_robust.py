@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfl.adapters.state import AdapterKey, AdapterState
-from sfl.compare.attackers import noise_like, scaled
+from sfl.adapters.state import AdapterKey, AdapterState, scaled
+from sfl.compare.attackers import noise_like
 from sfl.errors import AdapterError, SettingsError
 from sfl.fed_server.merges import make_merge
 from sfl.fed_server.robust import Combining, Robust, Screening, make_robust, required
 from sfl.fed_server.robust import rows as rows_module
 from sfl.fed_server.robust.krum import distances
-from sfl.fed_server.robust.norms import norm
 from sfl.fed_server.robust.rows import rows
 from sfl.fed_server.updates import Update
 from sfl.federation_settings import RobustSettings
@@ -98,7 +97,7 @@ def test_with_as_many_attackers_as_it_bears_a_rule_stays_among_the_honest_and_th
     robust = result(rule(name), pool, equal(pool))
     if name == "norm-clip":  # which bounds what attackers add, and no more
         assert far(robust, true) < far(mean(pool, equal(pool)), true) / 5
-        largest = max(norm(one) for one in true)
+        largest = max(one.norm() for one in true)
         assert np.sqrt(sum(np.sum(value**2) for value in robust.values())) <= 1.001 * largest
     else:
         assert far(robust, true) <= 1.0
@@ -184,13 +183,13 @@ def test_bulyan_is_krum_again_and_again_and_then_the_values_around_the_median() 
 
 def test_clipping_takes_the_median_norm_or_the_one_that_is_set() -> None:
     pool = [replaced(one, partial(scaled, factor=1 + i)) for i, one in enumerate(honest(5))]
-    norms = [norm(one) for one in pool]
+    norms = [one.norm() for one in pool]
     for limit, robust in ((norms[2], rule("norm-clip", 1)), (norms[1] / 2, rule("norm-clip", 1, norms[1] / 2))):
         assert isinstance(robust, Screening)
         screened = robust.screen(pool, equal(pool))
         assert screened.weights == equal(pool) and not screened.rejected
         for one, before, size in zip(screened.updates, pool, norms):
-            assert norm(one) == pytest.approx(min(size, limit), rel=1e-5)
+            assert one.norm() == pytest.approx(min(size, limit), rel=1e-5)
             assert (one.device in screened.changed) == (size > limit)
             if size <= limit:
                 assert same(one.delta(), before.delta())
