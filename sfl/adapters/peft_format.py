@@ -100,6 +100,7 @@ def remove(folder: Path) -> None:
     leaving = _unfinished_name(folder)
     try:
         folder.rename(leaving)
+        sync(folder.parent)  # before any file goes: with the power lost, it must not come back without some
         shutil.rmtree(leaving)
     except OSError as error:
         raise AdapterWriteError(f"cannot delete {folder}: {error}") from error

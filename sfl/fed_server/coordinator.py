@@ -74,7 +74,6 @@ class Federation:
         self.on_change: Callable[[], None] = lambda: None
         self.agreement: Agreement | None = None
         self.failure: SflError | None = None  # why no agreement will ever be reached
-        self._gathered: list[Member] = []  # the devices, once all have joined or the time for it is over
         self._offsets: dict[str, tuple[float, ...]] = {}  # of the logits, by device
         if len(settings.labels) == 1:
             raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
@@ -94,7 +93,7 @@ class Federation:
         self.id, self._proposer = stock.federation, stock.proposer
         pool = None if out is None else out / "pool"
         version = -1 if newest is None else newest.number
-        settled = [*stock.settled(), *sorted(self._ledger.past.settled)]
+        settled = sorted({*stock.settled(), *self._ledger.past.settled})
         self._pool = Pool(pool, settings.half_expires_s, clock, self._ledger.accepted, settled, version)
         settle_accounts(self._ledger, stock, self._pool)
         self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
@@ -108,6 +107,7 @@ class Federation:
             shared_edge_adapter=self._strategy.shared_edge_adapter,
         )
         self._intake = Intake(settings, self._aggregation, self._pool, self._roster, self._reach, store, metrics, self._ledger)
+        self._roster_file = RosterFile(out, self._roster, self._reach, None if newest is None else newest.number)
         self._maker = VersionMaker(
             settings,
             self._aggregation,
@@ -118,13 +118,14 @@ class Federation:
             metrics,
             self._intake.refuse,
             self._ledger,
+            self._roster_file,
             self.id,
         )
-        self._roster_file = RosterFile(out, self._roster, self._reach)
         self.finished = self._ended = self._roster_file.finished  # an earlier server's run: the first device begins another one
         if newest is not None:
             self._resume(newest)
         self._tell_resumed()
+        self._gather()
 
     def _resume(self, newest: Version) -> None:
         folder, labels, layout = self._store.folder, self._settings.labels, newest.layout
@@ -200,11 +201,11 @@ class Federation:
     def policy(self, name: str) -> pb.UploadPolicy:
         """When the member `name` uploads, and how it trains; paced by what it has of the data of all once they have joined, and
         until then as the settings say, so that it does not matter who comes first."""
-        own = self._roster.get(name).examples
-        if not self._gathered or not own:
+        own, gathered = self._roster.get(name).examples, self._roster.gathered()
+        if not gathered or not own:
             return self._aggregation.policy()
-        examples = sum(device.examples for device in self._gathered)
-        return self._aggregation.policy(own * len(self._gathered) / examples, self._offsets.get(name, ()))
+        examples = sum(device.examples for device in gathered)
+        return self._aggregation.policy(own * len(gathered) / examples, self._offsets.get(name, ()))
 
     # Joining and agreeing
 
@@ -244,11 +245,11 @@ class Federation:
         log.info("the earlier run had finished: another one begins with version %s", self.version)
 
     def _gather(self) -> None:
-        """Note who takes part, by which each device's policy goes."""
-        self._gathered = self._roster.gathered()
+        """Note who takes part, by which each device's policy goes once all have joined."""
+        self._roster.gather()
         strength = self._settings.strategy.logit_adjustment
         if strength and self.agreement is not None:
-            known = [device for device in self._gathered if device.label_counts]
+            known = [device for device in self._roster.gathered() if device.label_counts]
             counts = {device.name: dict(zip(device.labels, device.label_counts)) for device in known}
             self._offsets = logit_offsets(counts, self.agreement.labels, strength)
 
@@ -419,8 +420,9 @@ class Federation:
             self._forget_away()
         if self.finished:
             return
-        if not self._gathered and self._roster.gathered():  # the others are not expected any more
+        if self._roster.gather():  # the others are not expected any more
             self._gather()
+            self._roster_file.keep(self.finished)
             self.on_change()
         if self._roster.all_done() and self.version is not None:
             self._finish()

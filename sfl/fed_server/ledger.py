@@ -5,6 +5,7 @@ Each line is a JSON object with its `event` and Unix `time`:
 - `begin`: the ledger of `federation`, whose newest version was `version` by then (null: none);
 - `accepted`: a whole submission, on disk before its second half was acknowledged;
 - `version`: which submissions went into a version, and the reasons for those of them that did not count;
+- `removed`: the same of a version whose folder is deleted next, as it is so old that nobody needs it; on disk before that;
 - `dropped`: a submission, or half of one, that will be in no version, and why;
 - `finished`: all devices were done.
 
@@ -27,7 +28,7 @@ from typing import Any
 from sfl.adapters.disk import make_folder, sync
 from sfl.errors import StateError, StateInUseError, StateWriteError
 from sfl.fed_server import half_files
-from sfl.fed_server.contents import Contents, load
+from sfl.fed_server.contents import Contents, Entry, load
 from sfl.fed_server.pool import Half, Submission
 from sfl.fed_server.versions import version_numbers
 from sfl.telemetry import log
@@ -46,11 +47,12 @@ class Past:
     told: int | None = None  # newest version with a line
     accepted: set[Key] = field(default_factory=set)
     dropped: set[Key] = field(default_factory=set)  # and not accepted afterwards, as what was only half there may be
+    removed: set[Key] = field(default_factory=set)  # in versions that are not there any more
 
     @property
     def settled(self) -> set[Key]:
-        """Whole submissions that are in no version and never will be."""
-        return self.accepted & self.dropped
+        """Whole submissions that are in no version that is still there, and never will be."""
+        return (self.accepted & self.dropped) | self.removed
 
     def take(self, line: dict[str, Any]) -> None:
         """Raises `KeyError` or `TypeError` for a line that is none of a ledger's."""
@@ -64,6 +66,8 @@ class Past:
             self.dropped.discard((line["device"], line["submission"]))
         elif event == "dropped":
             self.dropped.add((line["device"], line["submission"]))
+        elif event == "removed":
+            self.removed.update((device, submission) for device, submission in line["submissions"])
 
 
 class Ledger:
@@ -118,9 +122,12 @@ class Ledger:
 
     def published(self, version: int, contents: Contents) -> None:
         """What a version, already on disk, holds."""
-        held = [[entry.device, entry.submission] for entry in contents.submissions]
-        refused = {entry.device: entry.refused for entry in contents.submissions if entry.refused}
-        self._note("version", version=version, submissions=held, refused=refused)
+        self._note("version", version=version, **_held(contents))
+
+    def removed(self, version: int, contents: Contents | None) -> None:
+        """A version that is about to be removed, and what it holds, as far as that is known. Raises `StateWriteError` when the
+        disk does not hold that, and what was told before; then it has to stay."""
+        self._append([_line("removed", version=version, **_held(contents))])
 
     def dropped(self, submission: Half | Submission | Key, reason: str) -> None:
         """A submission, or what there is of it, that will be in no version."""
@@ -185,8 +192,9 @@ def check(folder: Path, adapters: Path | None = None) -> Balance:
     default those inside `folder`.
 
     Each accepted submission must be exactly once in a version or in the pool, or be dropped with a reason, and nothing else may
-    be in either; what the ledger tells of a version must be what that holds. Nothing is changed. What a server that still works
-    does in the meantime may look like a problem. Raises `StateError` or `AdapterError` for files that cannot be read.
+    be in either; what the ledger tells of a version must be what that holds, or held when it was removed. Nothing is changed.
+    What a server that still works does in the meantime may look like a problem. Raises `StateError` or `AdapterError` for files
+    that cannot be read.
     """
     adapters = folder / "adapters" if adapters is None else adapters
     lines = [line for line, _ in _lines(folder / FILE)]
@@ -198,11 +206,12 @@ def check(folder: Path, adapters: Path | None = None) -> Balance:
 
 def _balance(lines: list[dict[str, Any]], pool: Path, adapters: Path) -> Balance:
     begun = next((line["version"] for line in lines if line["event"] == "begin"), None)
-    numbers = sorted(number for number in version_numbers(adapters) if begun is None or number > begun)
-    held = {number: load(adapters, number) or Contents("") for number in numbers}
+    held = {line["version"]: _as_told(line) for line in lines if line["event"] == "removed"}
+    held |= {number: load(adapters, number) or Contents("") for number in version_numbers(adapters)}
+    held = {number: held[number] for number in sorted(held) if begun is None or number > begun}
     accepted = [(line["device"], line["submission"]) for line in lines if line["event"] == "accepted"]
     dropped = Counter((line["device"], line["submission"]) for line in lines if line["event"] == "dropped")
-    entries = [entry for number in numbers for entry in held[number].submissions]
+    entries = [entry for contents in held.values() for entry in contents.submissions]
     settled = [(entry.device, entry.submission) for entry in entries]
     counted = set(settled)
     pooled = [key for key in _pooled(pool) if key not in counted]  # files of those are yet to be deleted
@@ -267,6 +276,21 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], int]]:
             raise _damaged(path, f"line {number} is no object")
         found.append((line, end))
     return found
+
+
+def _held(contents: Contents | None) -> dict[str, Any]:
+    """What a line says of a version."""
+    entries = () if contents is None else contents.submissions
+    return {
+        "submissions": [[entry.device, entry.submission] for entry in entries],
+        "refused": {entry.device: entry.refused for entry in entries if entry.refused},
+    }
+
+
+def _as_told(line: dict[str, Any]) -> Contents:
+    """What a line says of a version, as that would have said it; of how much it was the ledger knows nothing."""
+    refused = line["refused"]
+    return Contents("", tuple(Entry(device, name, 0, 0, 0, 0.0, refused.get(device, "")) for device, name in line["submissions"]))
 
 
 def _line(event: str, **fields: Any) -> bytes:

@@ -104,7 +104,7 @@ class _Entry:
     left: bool = False
     returns: bool = False  # it was there before the server was started anew, and has not been heard of since
     edges: set[str] = field(default_factory=set)  # those that a device has had sessions with
-    fetched: int | None = None  # the last version, which a device trains on
+    fetched: set[int] = field(default_factory=set)  # the last version, which a device trains on, or those that it may be
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Attendance:
     trained: bool
     left: bool
     edges: tuple[str, ...]
+    fetched: tuple[int, ...]
 
 
 class Roster:
@@ -142,6 +143,7 @@ class Roster:
         self._join_wait_s = join_wait_s
         self._join_until = clock() + join_wait_s
         self._entries: dict[str, _Entry] = {}
+        self._gathered = False
         self._earlier = earlier
         self._source = f"the adapter of an earlier run in {folder}"
 
@@ -241,24 +243,31 @@ class Roster:
 
     def attendance(self) -> list[Attendance]:
         """All members in the order in which they joined, as `restore` takes them."""
-        entries = self._entries.values()
-        return [Attendance(entry.member, entry.trained, entry.left, tuple(sorted(entry.edges))) for entry in entries]
+        return [
+            Attendance(entry.member, entry.trained, entry.left, tuple(sorted(entry.edges)), tuple(sorted(entry.fetched)))
+            for entry in self._entries.values()
+        ]
 
-    def restore(self, attendance: Iterable[Attendance], join_left_s: float) -> None:
+    def restore(self, attendance: Iterable[Attendance], gathered: bool, join_left_s: float, newest: int | None) -> None:
         """Go on with the members of an earlier server. They count as just heard of: those that are no more will be away.
 
-        Devices yet to join are expected for `join_left_s` seconds more.
+        They had `gathered` there, or devices yet to join are expected for `join_left_s` seconds more. Each may have fetched the
+        `newest` version since this was kept.
         """
+        since = set[int]() if newest is None else {newest}
         for kept in attendance:
             entry = _Entry(kept.member, self._clock(), trained=kept.trained, left=kept.left, edges=set(kept.edges))
             entry.returns = not kept.left
+            entry.fetched = {*kept.fetched, *since}
             self._entries[kept.member.name] = entry
+        self._gathered = gathered
         self._join_until = self._clock() + join_left_s
 
     def forget_devices(self) -> None:
         """Another run begins: all devices are yet to join."""
         for device in self.devices():
             del self._entries[device.name]
+        self._gathered = False
         self._join_until = self._clock() + self._join_wait_s
 
     def join_left_s(self) -> float:
@@ -275,6 +284,7 @@ class Roster:
         away = [entry.member for entry in self._entries.values() if not self._present(entry)]
         for member in away:
             del self._entries[member.name]
+        self._gathered = self._gathered and not away
         return away
 
     def knows(self, name: str) -> bool:
@@ -311,9 +321,19 @@ class Roster:
         """Number of devices that are expected to join yet: none once the time for it is over."""
         return 0 if self._clock() > self._join_until else max(0, self._expected - len(self.devices()))
 
+    def gather(self) -> bool:
+        """Note it if no device is expected to join any more; whether that was not so before."""
+        before, self._gathered = self._gathered, self._gathered or not self.missing()
+        return self._gathered and not before
+
+    @property
+    def has_gathered(self) -> bool:
+        """Whether there was a time at which all devices had joined, or the time for it was over."""
+        return self._gathered
+
     def gathered(self) -> list[Member]:
-        """All devices that have joined; none while some are expected yet."""
-        return [] if self.missing() else self.devices()
+        """All devices that have joined, once they have gathered; until then none."""
+        return self.devices() if self._gathered else []
 
     def heard(self, name: str) -> None:
         """Note that `name` is alive."""
@@ -321,12 +341,12 @@ class Roster:
 
     def fetched(self, name: str, version: int) -> None:
         """Note that `name` has fetched a version."""
-        self._entry(name).fetched = version
+        self._entry(name).fetched = {version}
 
     def in_training(self) -> set[int]:
         """The versions that devices have fetched last, but for those that are done. Who died may come back."""
         entries = (entry for entry in self._entries.values() if entry.member.role == "device" and not entry.left)
-        return {entry.fetched for entry in entries if entry.fetched is not None}
+        return {version for entry in entries for version in entry.fetched}
 
     def watch_begins(self, name: str) -> None:
         entry = self._entry(name)

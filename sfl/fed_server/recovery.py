@@ -74,6 +74,6 @@ def settle_accounts(ledger: Ledger, stock: Stock, pool: Pool) -> None:
     for version in sorted(number for number in stock.contents if number > told):
         ledger.published(version, stock.contents[version])
     pooled = {(submission.device, submission.submission) for submission in pool.whole()}
-    for lost in sorted(past.accepted - past.dropped - pooled - set(stock.settled()) - pool.halves()):
+    for lost in sorted(past.accepted - past.dropped - past.removed - pooled - set(stock.settled()) - pool.halves()):
         log.error("submission %s of device '%s' was accepted, and its files are gone or damaged", lost[1], lost[0])
         ledger.dropped(lost, "its files are gone or damaged")

@@ -18,13 +18,14 @@ FILE = "roster.state"
 
 
 class RosterFile:
-    """Keeps a roster, with what is known of its devices' reach, in `folder`; without one nothing is kept.
+    """Keeps a roster, with what is known of its devices' reach, in `folder`; without one nothing is kept. `newest` is the newest
+    version now.
 
     `restored` is the number of members that it took up from there, and `finished` says whether their run had come to its end;
     `behind` that there was no room for what has changed. Raises `StateError` for a damaged file.
     """
 
-    def __init__(self, folder: Path | None, roster: Roster, reach: Reach | None) -> None:
+    def __init__(self, folder: Path | None, roster: Roster, reach: Reach | None, newest: int | None = None) -> None:
         self.restored = 0
         self.finished = False
         self.behind = False
@@ -32,18 +33,19 @@ class RosterFile:
         self._roster = roster
         self._reach = reach
         if self._path is not None and self._path.exists():
-            self._restore(self._path)
+            self._restore(self._path, newest)
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path, newest: int | None) -> None:
         document, _ = read_state(path)
         try:
             self.finished = bool(document["finished"])
             members = [_attendance(fields) for fields in document["members"]]
+            gathered = bool(document["gathered"])
             join_left_s = document["join_until"] - time.time()
             reach = {str(device): (usual_s, bool(failing)) for device, (usual_s, failing) in document["reach"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"{path} is no roster of this version of sfl ({error!r}); delete it to begin without it") from error
-        self._roster.restore(members, max(0.0, min(join_left_s, self._roster.join_left_s())))
+        self._roster.restore(members, gathered, max(0.0, min(join_left_s, self._roster.join_left_s())), newest)
         if self._reach is not None:
             self._reach.restore(reach)
         self.restored = len(members)
@@ -63,6 +65,7 @@ class RosterFile:
             return
         document = {
             "finished": finished,
+            "gathered": self._roster.has_gathered,
             "join_until": time.time() + self._roster.join_left_s(),
             "members": [dataclasses.asdict(attendance) for attendance in self._roster.attendance()],
             "reach": {} if self._reach is None else self._reach.known(),
@@ -75,8 +78,12 @@ def _attendance(fields: dict[str, Any]) -> Attendance:
     member = dict(fields["member"])
     lora = dict(member.pop("lora"))
     lora["target_modules"] = tuple(lora["target_modules"])
-    for name in ("labels", "columns"):
+    for name in ("labels", "columns", "label_counts"):
         member[name] = tuple(member[name])
     return Attendance(
-        Member(lora=LoraSpec(**lora), **member), bool(fields["trained"]), bool(fields["left"]), tuple(fields["edges"])
+        Member(lora=LoraSpec(**lora), **member),
+        bool(fields["trained"]),
+        bool(fields["left"]),
+        tuple(fields["edges"]),
+        tuple(map(int, fields["fetched"])),
     )

@@ -8,14 +8,15 @@ from functools import lru_cache
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterState
-from sfl.errors import AdapterError
-from sfl.fed_server import server_state
+from sfl.errors import AdapterError, StateError
+from sfl.fed_server import contents, server_state
 from sfl.fed_server.aggregation import Aggregated, Aggregation
 from sfl.fed_server.contents import Contents, Entry
 from sfl.fed_server.ledger import Ledger
 from sfl.fed_server.members import Roster
 from sfl.fed_server.pool import Pool, Pooled, Submission
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.roster_file import RosterFile
 from sfl.fed_server.strategies import Standing
 from sfl.fed_server.updates import Update
 from sfl.fed_server.versions import VersionStore
@@ -30,7 +31,9 @@ Refuse = Callable[[str, None, str], None]  # device, submission, reason
 class VersionMaker:
     """Aggregates `pool` and publishes what comes of it in `store`, as versions of the federation with the id `federation`.
 
-    `ledger` is told what went into each, `refuse` of each update that was not used.
+    `ledger` is told what went into each, and what was in one that is removed, `refuse` of each update that was not used. Who
+    trains on which version is kept in `roster_file` before the next one is there: a server that is started anew must not remove
+    those.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class VersionMaker:
         metrics: MetricsWriter,
         refuse: Refuse,
         ledger: Ledger,
+        roster_file: RosterFile,
         federation: str,
     ) -> None:
         newest = store.newest()
         self.made = 0 if newest is None else newest.number  # versions, those of earlier servers included
         self._ledger = ledger
+        self._roster_file = roster_file
         self._federation = federation
         self._settings = settings
         self._aggregation = aggregation
@@ -142,6 +147,7 @@ class VersionMaker:
             self._pool.remove(taken)
             self._tell_refused(newest.number + 1, done)
             return True
+        self._roster_file.keep(finished=False)
         try:
             extras = server_state.files(done, self._settings.strategy.name)
             held = self._contents(taken, done)
@@ -167,8 +173,9 @@ class VersionMaker:
         try:
             for number in self._store.superseded(self._settings.keep_versions, needed):
                 server_state.hand_over(self._store, number)
+                self._ledger.removed(number, contents.load(self._store.folder, number))
                 self._store.remove(number)
-        except AdapterWriteError as error:  # tried again with the next version
+        except (AdapterWriteError, StateError) as error:  # tried again with the next version
             log.warning("%s", error)
 
     def _updates(self, taken: list[Pooled], newest: int) -> list[Update]:

@@ -122,7 +122,7 @@ def test_a_pool_that_is_lost_as_a_whole_is_told_device_by_device(
     metrics = MetricsWriter(tmp_path / "metrics.jsonl")
     strategy = {"name": name, "quorum": 1.0} if name == "gsfs" else {"name": name}
     fed = started(tmp_path / "adapters", [device("a"), device("b")], strategy=strategy, metrics=metrics)
-    monkeypatch.setattr("sfl.fed_server.coordinator.GREATEST", float("inf"))
+    monkeypatch.setattr("sfl.fed_server.intake.GREATEST", float("inf"))
     with np.errstate(over="ignore"):  # each is finite, and a's two together are not
         for member, submission in (("a", "1"), ("a", "2"), ("b", "1")):
             submit(fed, member, {key: np.full_like(value, 3e38) for key, value in adapter(1).items()}, submission)
