@@ -95,6 +95,57 @@ def test_what_made_no_version_is_told_and_never_taken_again(tmp_path: Path) -> N
     assert again.version == 1 and ledger.check(tmp_path) == ledger.Balance(accepted=2, counted=1, dropped=1)
 
 
+def test_what_was_in_a_version_that_is_removed_is_never_taken_again(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"strategy": {"name": "gsfs", "quorum": 0.5}, "keep_versions": 1}
+    fed = begun(tmp_path, **settings)
+    for number in range(4):
+        submit(fed, "a", adapter(1), f"s/{number + 1}", number)
+    submit(fed, "b", adapter(1), "s/1")
+    assert [(line["version"], line["submissions"]) for line in lines(tmp_path, "removed")] == [
+        (number, [["a", f"s/{number}"]]) for number in range(1, 5)
+    ]
+    fed.close()
+    again = server(tmp_path, **settings)
+    assert again.submissions == 5 and not lines(tmp_path, "dropped"), "nothing is missed"
+    for number in range(4):
+        submit(again, "a", adapter(1), f"s/{number + 1}", number)
+    assert again.version == 5 and again.submissions == 5
+    assert ledger.check(tmp_path) == ledger.Balance(accepted=5, counted=5)
+
+
+def test_a_version_from_before_the_ledger_is_told_of_when_it_is_removed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"strategy": {"name": "gsfs", "quorum": 0.5}, "keep_versions": 1}
+    fed = begun(tmp_path, **settings | {"keep_versions": 0})
+    for number in range(3):
+        submit(fed, "a", adapter(1), f"s/{number + 1}", number)
+    fed.close()
+    (tmp_path / ledger.FILE).unlink()
+    again = server(tmp_path, **settings)
+    submit(again, "a", adapter(1), "s/4", 3)
+    assert {line["version"] for line in lines(tmp_path, "removed")} == {1, 2}, "version 3 is the newest that a may have fetched"
+    again.close()
+    third = server(tmp_path, **settings)
+    submit(third, "a", adapter(1), "s/1")
+    assert third.version == 4 and third.submissions == 4
+    assert ledger.check(tmp_path) == ledger.Balance(accepted=1, counted=1)
+
+
+def test_a_version_stays_while_the_ledger_cannot_tell_that_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise StateWriteError("no room")
+
+    fed = begun(tmp_path, strategy={"name": "gsfs", "quorum": 0.5}, keep_versions=1)
+    submit(fed, "a", adapter(1), "s/1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "removed", full)
+        submit(fed, "a", adapter(1), "s/2", 1)
+    assert "no room" in caplog.text and (tmp_path / "adapters" / "v1").is_dir()
+    submit(fed, "a", adapter(1), "s/3", 2)
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"v0", "v3"}
+
+
 def test_what_came_whole_after_a_half_of_it_had_expired_counts_at_the_next_server_too(tmp_path: Path) -> None:
     clock = Clock()
     fed = begun(tmp_path, clock, half_expires_s=600, strategy={"name": "gsfs", "quorum": 1.0})

@@ -87,6 +87,61 @@ def test_members_go_on_without_joining_again_and_are_who_they_were(tmp_path: Pat
         again.watch_begins("nobody")
 
 
+def offsets(fed: Federation) -> list[list[float]]:
+    return [list(fed.policy(name).logit_offsets) for name in "ab"]
+
+
+def test_policies_after_a_restart_are_those_before_it_from_the_first_moment_on(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = server(tmp_path, clock)
+    fed.join(device("a", examples=30, label_counts=(29, 1)))
+    half_way = server(tmp_path, clock)
+    half_way.join(edge())
+    half_way.join(device("b", label_counts=(1, 9)))
+    assert [] not in offsets(half_way)
+    policies = [half_way.policy(name) for name in "ab"]
+    again = server(tmp_path, clock)
+    assert [again.policy(name) for name in "ab"] == policies, "before version 0"
+    again.propose("edge", PLACEMENT, adapter(0))
+    later = server(tmp_path, clock)
+    assert [later.policy(name) for name in "ab"] == policies, "with the agreement of the version"
+    later.join(device("a", examples=30, label_counts=(29, 1)))
+    assert [later.policy(name) for name in "ab"] == policies
+
+
+def test_that_the_time_to_join_was_over_outlives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock on the wall says by then, and however many devices the settings expect."""
+    clock = Clock()
+    monkeypatch.setattr("sfl.fed_server.roster_file.time.time", lambda: 1e6 - clock.now)
+    settings = {"labels": ("benign", "scan"), "join_wait_s": 300}
+    fed = server(tmp_path, clock, 3, **settings)
+    for member in (edge(), device("a", label_counts=(9, 1)), device("b", label_counts=(1, 9))):
+        fed.join(member)
+    assert offsets(fed) == [[], []]
+    clock.now += 301
+    fed.tick()
+    policies = [fed.policy(name) for name in "ab"]
+    assert [] not in offsets(fed)
+    again = server(tmp_path, clock, 4, **settings)
+    again.watch_begins("a")
+    again.join(device("b", label_counts=(1, 9)))
+    assert [again.policy(name) for name in "ab"] == policies
+    again.join(device("c", label_counts=(10, 0)))
+    assert again.policy("a") != policies[0], "who comes late counts from then on"
+
+
+def test_another_run_begins_without_policies_of_the_last(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = begun(tmp_path, clock, device("a", label_counts=(9, 1)), device("b", label_counts=(1, 9)))
+    for name in "ab":
+        fed.leave(name)
+    again = server(tmp_path, clock)
+    again.join(device("a", label_counts=(9, 1)))
+    assert not again.policy("a").logit_offsets
+    again.join(device("b", label_counts=(9, 1)))
+    assert again.policy("a") == again.policy("b") and offsets(again)[0] == pytest.approx([0, 0])
+
+
 def test_before_version_0_the_agreement_is_that_of_the_same_devices(tmp_path: Path) -> None:
     clock = Clock()
     fed = server(tmp_path, clock)
