@@ -73,7 +73,9 @@ def test_a_device_that_began_alone_goes_at_the_pace_of_one_that_began_with_all(t
         for name, size, seed, steps in (("many", 400, 1, 90), ("few", 60, 2, 40))
     )
     edge, there, here = edge_settings("edge", many), tmp_path / "daemons", tmp_path / "here"
-    fed = FedSettings(devices=2, strategy=ONE_BY_ONE, labels=labels, adapters=there / "adapters")
+    # The one that begins alone has no logit offsets either until the other has come: without them all its steps are the same.
+    strategy = ONE_BY_ONE.model_copy(update={"logit_adjustment": 0.0})
+    fed = FedSettings(devices=2, strategy=strategy, labels=labels, adapters=there / "adapters")
     with Daemons(there, forked=True) as daemons:
         plan = Plan(there, fed, (edge,), (many, few)).with_addresses()
         daemons.start("fed", plan.fed)
