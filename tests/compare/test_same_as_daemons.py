@@ -66,37 +66,38 @@ def test_adapters_and_bytes_are_those_of_daemons(tmp_path: Path) -> None:
     assert between + with_fed - of_devices == ends["edge"]["bytes_received"] + ends["edge"]["bytes_sent"]
 
 
-def test_a_device_that_began_alone_goes_at_the_pace_of_one_that_began_with_all(tmp_path: Path) -> None:
+def test_a_device_that_joined_alone_goes_at_the_pace_of_one_that_joined_with_all(tmp_path: Path) -> None:
+    """Nobody trains before both have joined, as the edge server is held, and then one after the other."""
     model, labels = save_tiny_model(tmp_path / "model", "bert"), ("Benign", "C&C", "DDoS")
     many, few = (
         device_settings(name, model, write_texts(tmp_path / f"{name}.txt", size, seed), cut=2, seed=seed, steps=steps)
-        for name, size, seed, steps in (("many", 400, 1, 90), ("few", 60, 2, 40))
+        for name, size, seed, steps in (("many", 400, 1, 90), ("few", 60, 2, 100))
     )
     edge, there, here = edge_settings("edge", many), tmp_path / "daemons", tmp_path / "here"
-    fed = FedSettings(devices=2, strategy=ONE_BY_ONE, labels=labels, adapters=there / "adapters")
+    # The one that begins alone has no logit offsets either until the other has come: without them all its steps are the same.
+    strategy = ONE_BY_ONE.model_copy(update={"logit_adjustment": 0.0})
+    fed = FedSettings(devices=2, strategy=strategy, labels=labels, adapters=there / "adapters")
     with Daemons(there, forked=True) as daemons:
         plan = Plan(there, fed, (edge,), (many, few)).with_addresses()
         daemons.start("fed", plan.fed)
         daemons.start("edge", plan.edges[0])
-        daemons.start("device", plan.devices[0])
-        daemons["many"].until(lambda daemon: daemon.events("step"))
-        daemons["many"].process.send_signal(signal.SIGSTOP)
-        begun = len(daemons["many"].events("step"))
-        daemons.start("device", plan.devices[1])
-        daemons["few"].until(lambda daemon: daemon.events("step"))
+        for device, held in zip(plan.devices, ("edge", "many")):
+            daemons.start("device", device)
+            daemons["fed"].until(lambda fed, name=device.name: name in [event["name"] for event in fed.events("join")])
+            daemons[held].process.send_signal(signal.SIGSTOP)
+        daemons["edge"].process.send_signal(signal.SIGCONT)
+        daemons["few"].until(lambda few: few.events("start"))
         daemons["few"].process.send_signal(signal.SIGSTOP)
         for name in ("many", "few"):
             daemons[name].process.send_signal(signal.SIGCONT)
             assert daemons[name].wait() == 0, daemons[name].log
         assert stop_servers(daemons) == {"edge": 0, "fed": 0}
-        uploads = {
-            name: [(event["step"], event["trigger"]) for event in daemons[name].events("submit")] for name in ("many", "few")
-        }
 
     speeds = {"many": DeviceSpeed(0.1), "few": DeviceSpeed(10.0)}
     simulate(fed.model_copy(update={"adapters": None}), [many, few], here, edge, conditions=Conditions(speeds))
-    assert begun < uploads["many"][0][0] < 30 and len(uploads["many"]) > 2, "sooner than by the settings, and after it began"
-    assert [step for step, _ in uploads["few"]] == [40], "later than by the settings"
+    uploads = {name: uploads_of(there / name) for name in ("many", "few")}
+    assert uploads["many"][0][0] < 30 and len(uploads["many"]) > 2, "sooner than by the settings"
+    assert [step for step, _ in uploads["few"]] == [100], "later than by the settings"
     for name, found in uploads.items():
         assert found == uploads_of(here / name)
         assert losses_of(there / name) == losses_of(here / name)

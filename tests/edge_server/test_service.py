@@ -20,13 +20,13 @@ import torch
 from sfl.adapters.state import edge_half, total
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.edge_server import service as service_module
-from sfl.errors import RefusedError, SflError, UnreachableError
+from sfl.errors import RefusedError, SflError, UnreachableError, WireError
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import split_pb2, tensor_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.v1.split_pb2_grpc import SplitTrainingStub
 from sfl.wire.frames import Assembler, Traffic, frames
-from sfl.wire.split import SessionRequest, TrainingRules, batch_to_wire, open_to_wire
+from sfl.wire.split import SessionRequest, StepTerms, TrainingRules, batch_to_wire, open_to_wire
 from sfl.wire.tensors import RawTensor
 from tests.edge_server.made import Halves, ServedEdge, at_rank, eventually, served
 from tests.metrics import events
@@ -142,9 +142,9 @@ def test_rules_and_the_factor_on_the_rate_arrive() -> None:
     request = halves.request(rules=rules)
     session = halves.engine.open(request, halves.initial)
     with served(Halves()) as edge, linked(edge, request) as link:
-        for number, factor in ((1, 1.0), (2, 0.5), (3, 1.0)):
-            expected = halves.engine.step(session, number, 0, halves.batch(number), factor)
-            assert link.step(number, 0, halves.batch(number), factor).loss == expected.loss
+        for number, terms in enumerate((StepTerms(), StepTerms(0.5), StepTerms()), start=1):
+            expected = halves.engine.step(session, number, 0, halves.batch(number), terms)
+            assert link.step(number, 0, halves.batch(number), terms).loss == expected.loss
         link.submit("device-1/1", 0)
         link.close()
     ((_, progress),) = edge.federation.submitted
@@ -152,6 +152,19 @@ def test_rules_and_the_factor_on_the_rate_arrive() -> None:
     assert progress.keys() == expected_progress.keys()
     assert all(np.array_equal(progress[key], value) for key, value in expected_progress.items())
     assert not any(key.part == "A" for key in progress)
+
+
+def test_offsets_of_the_logits_arrive_with_their_step_and_must_be_one_of_each_class() -> None:
+    halves = Halves(family="bert")
+    session = halves.engine.open(halves.request(), halves.initial)
+    with served(Halves(family="bert")) as edge, linked(edge, halves.request()) as link:
+        for number, offsets in enumerate(((), (0.5, -3.0, 0.0), ()), start=1):
+            expected = halves.engine.step(session, number, 0, halves.batch(number), StepTerms(1.0, offsets))
+            assert link.step(number, 0, halves.batch(number), StepTerms(1.0, offsets)).loss == expected.loss
+        with pytest.raises(WireError, match="2 offsets of the logits came"):
+            halves.engine.step(session, 4, 0, halves.batch(4), StepTerms(1.0, (0.5, 0.5)))
+        with pytest.raises(RefusedError, match="2 offsets of the logits came"):
+            link.step(4, 0, halves.batch(4), StepTerms(1.0, (0.5, 0.5)))
 
 
 @pytest.mark.parametrize("count", [2, 6])

@@ -11,7 +11,7 @@ import pytest
 from sfl.adapters.state import AdapterState, edge_half, total
 from sfl.edge_server.engine import Session
 from sfl.errors import AdapterError, RefusedError
-from sfl.wire.split import OptimizerSpec, TrainingRules
+from sfl.wire.split import OptimizerSpec, StepTerms, TrainingRules
 from tests.edge_server.made import Halves, at_rank, eventually, served
 from tests.edge_server.test_engine import same
 from tests.edge_server.test_service import linked
@@ -26,7 +26,7 @@ def open_session(halves: Halves, name: str, cut: int = 2, state: AdapterState | 
 
 def step(halves: Halves, session: Session, seed: int, factor: float = 1.0) -> float:
     number, version = session.last_step + 1, session.adapter.version
-    return halves.engine.step(session, number, version, halves.batch(seed), factor).loss
+    return halves.engine.step(session, number, version, halves.batch(seed), StepTerms(factor)).loss
 
 
 def take(halves: Halves, session: Session, submission: str = "s") -> AdapterState:
