@@ -32,7 +32,7 @@ from sfl.errors import SflError, UnreachableError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.members import Member
 from sfl.fed_server.messages import half_from_wire
-from sfl.fed_server.versions import VersionStore
+from sfl.fed_server.versions import VersionStore, version_numbers
 from sfl.model.cut import DeviceHalf
 from sfl.model.local_adapter import LocalAdapter, values_in
 from sfl.model.lora import inject_lora
@@ -66,13 +66,19 @@ FAULTS = ("device before", "device after", "edge before", "edge after", "both af
 
 @dataclass
 class World:
-    """One federation of one device and one edge; `events` are counted over all their lives."""
+    """One federation of one device and one edge; `events` are counted over all their lives.
+
+    The device is told its logits' `offsets` after it has begun, and what it and the edge go back to may stem from a version that
+    is not there any more: between two lives all but the newest are removed.
+    """
 
     folder: Path
     halves: Halves
     strategy: dict[str, Any]
     fault: Fault | None = None
     checkpoint_steps: int = 3
+    offsets: tuple[float, ...] = ()
+    versions: list[AdapterState] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     lives: int = 0
     submitted: list[tuple[str, str]] = field(default_factory=list)  # (half, submission) as they arrived first
@@ -90,6 +96,7 @@ class World:
         self.federation.join(Member("device-1", "device", cut=CUT, **data, **common))
         self.federation.join(Member("edge", "edge", cut=1, **common))
         self.federation.propose("edge", Placement("encoder.layer", ("classifier",), 4), halves.initial)
+        self.versions.append(halves.initial)
         self.policy: UploadPolicy = self.federation.policy("device-1")
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -102,6 +109,7 @@ class World:
     def restart_edge(self, lost: bool = False) -> None:
         """Another process of the edge server, with the files of the last one, unless they are `lost` too."""
         self.edge.kill()
+        self.remove_old_versions()
         if lost:
             for path in (self.folder / "sessions").iterdir():
                 path.unlink()
@@ -120,6 +128,14 @@ class World:
                 self.submitted.append(key)
                 self.contents[key] = {name: value.copy() for name, value in state.items()}
             self.federation.submit(half, state)
+            newest = self.federation._store.newest()
+            if newest is not None and newest.number == len(self.versions):
+                self.versions.append(newest.state)
+
+    def remove_old_versions(self) -> None:
+        with self.lock:
+            for number in version_numbers(self.folder / "adapters"):
+                self.federation._store.remove(number)
 
     def has(self, half: str, submission: str) -> bool:
         """Whether a half has arrived, and all is done that comes of it."""
@@ -237,8 +253,10 @@ class FedLink:
 
     @property
     def policy(self) -> UploadPolicy:
-        with self._world.lock:
-            return self._world.federation.policy("device-1")
+        policy = UploadPolicy()
+        policy.CopyFrom(self._world.policy)
+        policy.logit_offsets.extend(self._world.offsets)
+        return policy
 
     @property
     def newest(self) -> int | None:
@@ -360,10 +378,11 @@ def live_through(
     fault: Fault | None = None,
     losses_of: Callable[[Path], dict[int, float]] = lambda folder: {},
     checkpoint_steps: int = 3,
+    offsets: tuple[float, ...] = (),
 ) -> Outcome:
     """A run to its end, through as many lives as it takes."""
     folder.mkdir(parents=True)
-    world = World(folder, halves, strategy, fault, checkpoint_steps)
+    world = World(folder, halves, strategy, fault, checkpoint_steps, offsets)
     stream = type("WorldStream", (Stream,), {"world": world})
     monkeypatch.setattr(edge_link, "_Stream", stream)
     monkeypatch.setattr(edge_link, "dial", lambda *arguments: NoChannel())
@@ -377,11 +396,10 @@ def live_through(
                 local = device.live()
             except DeviceDiedError:
                 assert world.lives < 5
-        last = world.federation.version
-        assert last is not None
-        versions = [world.federation.fetch("device-1", number) for number in range(last + 1)]
+                world.remove_old_versions()
+        assert world.federation.version == len(world.versions) - 1
         submitted = [(half, submission.partition("/")[2]) for half, submission in world.submitted]
-        return Outcome(versions, local, submitted, losses_of(folder), world.events, world.lives)
+        return Outcome(world.versions, local, submitted, losses_of(folder), world.events, world.lives)
     finally:
         world.close()
 

@@ -16,6 +16,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "gsfs": {"name": "gsfs", "beta": 0.0, "min_steps": 2, "max_steps": 3, "validate_every": 2},
 }
 
+OFFSETS: dict[str, tuple[float, ...]] = {"fedavg": (), "gsfs": (0.5, -0.25, 1.5)}
+
 EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 
 
@@ -49,13 +51,17 @@ def test_a_death_between_any_two_messages_changes_nothing(
 ) -> None:
     """At each event one kind of death, in turn, or all kinds."""
     monkeypatch.setattr("sfl.state_file.sync", lambda path: None)  # the machine does not die with them
-    expected = live_through(tmp_path / "undisturbed", halves, STRATEGIES[strategy], monkeypatch, losses_of=losses_of)
+    told: dict[str, Any] = {"losses_of": losses_of, "offsets": OFFSETS[strategy]}
+    expected = live_through(tmp_path / "undisturbed", halves, STRATEGIES[strategy], monkeypatch, **told)
     assert expected.lives == 1
+    if OFFSETS[strategy]:
+        without = live_through(tmp_path / "without", halves, STRATEGIES[strategy], monkeypatch, losses_of=losses_of)
+        assert all(without.losses[step] != loss for step, loss in expected.losses.items())
     assert len(expected.losses) == 7 and len(expected.versions) >= 3
     for at in range(len(expected.events)):
         for what in FAULTS if every else FAULTS[at % len(FAULTS) :][:1]:
             folder = tmp_path / f"{at} {what}"
-            found = live_through(folder, halves, STRATEGIES[strategy], monkeypatch, Fault(what, at), losses_of)
+            found = live_through(folder, halves, STRATEGIES[strategy], monkeypatch, Fault(what, at), **told)
             try:
                 require_same(found, expected)
             except AssertionError as error:
