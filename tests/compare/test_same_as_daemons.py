@@ -86,7 +86,7 @@ def test_a_device_that_joined_alone_goes_at_the_pace_of_one_that_joined_with_all
             daemons["fed"].until(lambda fed, name=device.name: name in [event["name"] for event in fed.events("join")])
             daemons[held].process.send_signal(signal.SIGSTOP)
         daemons["edge"].process.send_signal(signal.SIGCONT)
-        daemons["few"].until(lambda few: few.events("start"))
+        daemons["few"].until(lambda few: few.events("step"))  # from then on it adopts nothing before its upload
         daemons["few"].process.send_signal(signal.SIGSTOP)
         for name in ("many", "few"):
             daemons[name].process.send_signal(signal.SIGCONT)
