@@ -312,10 +312,13 @@ class Roster:
         return [entry.member for entry in self._entries.values() if entry.member.role == "device"]
 
     def examples(self, pooled: AbstractSet[str]) -> int:
-        """Training examples of all devices that are present, have left or are among `pooled`: not of those that died."""
+        """Training examples of all devices that are present, have left or are among `pooled`: not of those that died.
+
+        Those that are expected to join yet count as the others do on average, or the first one would be thought to be all.
+        """
         devices = ((name, entry) for name, entry in self._entries.items() if entry.member.role == "device")
-        counted = (entry for name, entry in devices if entry.left or name in pooled or self._present(entry))
-        return sum(entry.member.examples for entry in counted)
+        counted = [entry.member.examples for name, entry in devices if entry.left or name in pooled or self._present(entry)]
+        return sum(counted) + (round(self.missing() * sum(counted) / len(counted)) if counted else 0)
 
     def missing(self) -> int:
         """Number of devices that are expected to join yet: none once the time for it is over."""

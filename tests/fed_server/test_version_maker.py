@@ -8,7 +8,20 @@ import pytest
 
 from sfl.adapters.state import device_half, edge_half, total
 from sfl.telemetry import MetricsWriter
-from tests.fed_server.made import Clock, adapter, aggregations, device, edge, half, same, started, submit, told
+from tests.fed_server.made import (
+    PLACEMENT,
+    Clock,
+    adapter,
+    aggregations,
+    device,
+    edge,
+    federation,
+    half,
+    same,
+    started,
+    submit,
+    told,
+)
 
 # Of updates
 
@@ -57,6 +70,21 @@ def test_devices_that_died_have_no_share_and_those_that_left_keep_theirs(tmp_pat
     (first, second) = aggregations(tmp_path)
     assert first["devices"] == pytest.approx({"d": 1 / 3}), "in the pool, though it died; c died without an update"
     assert second["devices"] == pytest.approx({"a": 1 / 2})
+
+
+def test_devices_yet_to_join_have_a_share_until_the_time_for_it_is_over(tmp_path: Path) -> None:
+    clock, metrics = Clock(), MetricsWriter(tmp_path / "metrics.jsonl")
+    fed = federation(tmp_path / "adapters", 4, clock, metrics, labels=("benign", "scan"), join_wait_s=100)
+    for member in (device("a", examples=30), device("b", examples=10), edge()):
+        fed.join(member)
+        fed.watch_begins(member.name)
+    fed.propose("edge", PLACEMENT, adapter(0))
+    submit(fed, "a", adapter(1))
+    clock.now += 101
+    submit(fed, "a", adapter(2), submission="2", version=1)
+    (first, second) = aggregations(tmp_path)
+    assert first["devices"] == pytest.approx({"a": 30 / 80}), "two more, of 20 each"
+    assert second["devices"] == pytest.approx({"a": 30 / 40})
 
 
 def test_an_edge_server_has_no_share_whatever_it_says(tmp_path: Path) -> None:
