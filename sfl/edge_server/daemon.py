@@ -104,6 +104,7 @@ async def _run(
             agreement = await _unless(told, asyncio.to_thread(federation.agreement, settings.join_wait_s))
             if agreement is None:
                 raise SflError(f"edge server {settings.name} was told to stop before all members had agreed")
+            watch.says("loading its half of the model")
             # On the worker's thread, which is the only one that computes: see SplitService.
             loaded = worker.submit(settings.lowest_cut, partial(load_half, settings, described.lora, list(agreement.labels)))
             half, slots, initial = await asyncio.wrap_future(loaded)
@@ -124,6 +125,7 @@ async def _run(
             sweeping = asyncio.create_task(service.sweep_hourly(settings.session_keep_s))
             watch.traffic("devices", service.traffic)
             gate.open(service)
+            watch.says("serving no device")  # yet, or any more
             await health.serving("sfl.v1.SplitTraining")
             loop = asyncio.get_running_loop()
             federation.on_new_federation = partial(loop.call_soon_threadsafe, service.begin_anew)

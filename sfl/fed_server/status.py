@@ -128,12 +128,13 @@ class StatusBoard:
         return away | stragglers(paces, stepping)
 
     def ages(self) -> dict[str, float]:
-        """Seconds since the last step of each device that has reported one."""
+        """Seconds since the last step of each device that has reported one, and has not left: who is done makes no more."""
         now = self._clock()
+        stays = {each.member.name for each in self._federation.presences() if each.state != "left"}
         return {
             name: reported.report.step_age_s + (now - reported.at)
             for name, reported in list(self._reports.items())
-            if reported.report.HasField("step_age_s")
+            if name in stays and reported.report.HasField("step_age_s")
         }
 
     def _state(self, presences: Sequence[Presence]) -> str:

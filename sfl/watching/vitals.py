@@ -188,7 +188,7 @@ class _Session:
 
 
 class EdgeVitals:
-    """An edge server's. `activity` is what it says of itself until it has sessions."""
+    """An edge server's. `activity` is what it says of itself while it has no sessions; its daemon changes that."""
 
     def __init__(self, name: str, process: Process) -> None:
         self.activity = "waiting for all devices to join"
