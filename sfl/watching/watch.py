@@ -51,6 +51,11 @@ class Watch:
         """The daemon does what it is there for from now on: it is healthy."""
         self._ready = True
 
+    def says(self, activity: str) -> None:
+        """What an edge server does while no device has a session with it."""
+        if isinstance(self.vitals, EdgeVitals):
+            self.vitals.activity = activity
+
     def traffic(self, peer: str, traffic: Traffic) -> None:
         """Count `traffic` as that with `peer`."""
         self.process.traffic[peer] = traffic

@@ -113,7 +113,7 @@ def made_state(fed: Federation) -> str:
 
 
 def test_who_is_slow_is_told_with_the_reason_that_both_sides_reports_give(tmp_path: Path) -> None:
-    _, made, clock = board(tmp_path, ("a", "b", "c"))
+    fed, made, clock = board(tmp_path, ("a", "b", "c"))
     for name, step_s in (("a", 0.5), ("b", 0.5), ("c", 3.0)):
         made.report(report(name, step_s, step_s - 0.3))
     assert by_name(made.status())["c"].slow.startswith("slow link to its edge server, or that is slow: 2.70 of 3.00 s")
@@ -127,6 +127,8 @@ def test_who_is_slow_is_told_with_the_reason_that_both_sides_reports_give(tmp_pa
     clock.now += 100
     assert made.slow()["a"] == "no step for 101 s: training"
     assert made.ages() == {"a": 101.0, "b": 101.0, "c": 101.0}
+    fed.leave("a")
+    assert made.ages() == {"b": 101.0, "c": 101.0}
 
 
 def test_the_link_is_what_came_with_uploads(tmp_path: Path) -> None:

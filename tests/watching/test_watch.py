@@ -81,6 +81,15 @@ def test_it_is_healthy_once_it_is_ready(watch: Watch) -> None:
     assert get(watch.address, "/healthz")[0] == 200
 
 
+def test_an_edge_server_that_serves_nobody_says_what_it_does_instead(tmp_path: Path) -> None:
+    settings = EdgeSettings(name="edge-1", model="none", out=tmp_path / "out", metrics_listen="127.0.0.1:0")
+    with Watch(settings) as watch:
+        watch.says("serving no device")
+        assert json.loads(get(watch.address, "/healthz")[2])["activity"] == "serving no device"
+        watch.metrics.write("session", device="pi-1", state="open", step=0)
+        assert json.loads(get(watch.address, "/healthz")[2])["activity"] == "serving 1 device"
+
+
 def test_there_is_nothing_else(watch: Watch) -> None:
     assert get(watch.address, "/")[0] == 404
     assert get(watch.address, "/../../etc/passwd")[0] == 404
