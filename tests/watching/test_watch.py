@@ -82,7 +82,7 @@ def test_it_is_healthy_once_it_is_ready(watch: Watch) -> None:
 
 
 def test_an_edge_server_that_serves_nobody_says_what_it_does_instead(tmp_path: Path) -> None:
-    settings = EdgeSettings.model_validate({"name": "edge-1", "out": str(tmp_path / "out"), "metrics_listen": "127.0.0.1:0"})
+    settings = EdgeSettings(name="edge-1", model="none", out=tmp_path / "out", metrics_listen="127.0.0.1:0")
     with Watch(settings) as watch:
         watch.says("serving no device")
         assert json.loads(get(watch.address, "/healthz")[2])["activity"] == "serving no device"
