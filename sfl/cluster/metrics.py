@@ -51,12 +51,14 @@ def read_events(path: Path) -> list[Event]:
 def settled(events: Iterable[Event]) -> list[Event]:
     """`events` without those of steps that a process of the run did and, gone back to a checkpoint, did again.
 
-    A "resume" says to which step someone has gone back. A submission counts once, however often it was sent.
+    A "resume" says to which step someone has gone back, and so does an edge server's "session" that is opened: its device may have
+    begun anew. A submission counts once, however often it was sent.
     """
     kept: list[Event] = []
     submissions = set[str]()
     for event in events:
-        if event["event"] == "resume" and "step" in event:
+        opened = event["event"] == "session" and event["state"] == "open"
+        if opened or (event["event"] == "resume" and "step" in event):
             kept = [earlier for earlier in kept if not _undone(earlier, event)]
         if event["event"] == "submit" and "submission" in event:
             if event["submission"] in submissions:

@@ -56,6 +56,7 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
     with ExitStack() as opened:
         checkpoints = CheckpointFiles(settings.out / FOLDER, settings.give_up_s)
         opened.callback(checkpoints.close)
+        begun = bool(checkpoints.document)
         kept = kept_in(checkpoints)
         federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink, node)
         opened.callback(federation.close)
@@ -101,7 +102,7 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         around: FederationLink = federation if takes_part else FinishedFederation()
         training = DeviceRun(plan, trainer, policy, around, metrics, traffic, uplink, checkpoints=checkpoints)
         try:
-            open_session(training, link, checkpoints.session)
+            open_session(training, link, checkpoints.session, anew=begun and not kept)
             watch.ready()
             _train(training, trainer, link, federation, stop, policy.periodic.round_timeout_s + settings.give_up_s)
             link.close()
@@ -111,8 +112,8 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         with stop.held():
             if takes_part:
                 federation.leave()
-            checkpoints.clear()
             metrics.write("end", **training.totals(), peak_rss_mb=round(peak_rss_mb(), 1))
+            checkpoints.clear()  # last: without them the next start is another run
             steps = counted(training.steps, "step", "steps")
             log.info("%s is done: %s, %s", settings.name, steps, counted(training.submissions, "submission", "submissions"))
 
@@ -137,10 +138,10 @@ def _join(federation: FederationClient, device: PreparedDevice, kept: Document) 
     return True
 
 
-def open_session(training: DeviceRun, link: GrpcEdgeLink, session: str | None) -> None:
-    """Begin, or go on in this session of an earlier process, as far as the edge knows it."""
+def open_session(training: DeviceRun, link: GrpcEdgeLink, session: str | None, anew: bool = False) -> None:
+    """Begin, perhaps `anew`, or go on in this session of an earlier process, as far as the edge knows it."""
     if session is None:
-        training.begin()
+        training.begin(anew)
         return
     try:
         training.resume(link.resume(session))

@@ -92,9 +92,13 @@ class DeviceRun:
         """Submissions that this device has made."""
         return self._now.submissions
 
-    def begin(self) -> None:
-        """Open the session at the edge; before the first step."""
-        self._trainer.edge.begin(self._now.session, self._trainer.adapter.version, self.steps, self.checkpoint())
+    def begin(self, anew: bool = False) -> None:
+        """Open the session at the edge; before the first step. `anew` says that an earlier process has left steps in the metrics
+        that are no more."""
+        version, checkpoint = self._trainer.adapter.version, self.checkpoint()
+        self._trainer.edge.begin(self._now.session, version, self.steps, checkpoint)
+        if anew:
+            self._metrics.write("resume", step=self.steps, version=version, submissions=self.submissions, checkpoint=checkpoint)
 
     def resume(self, checkpoint: int | None) -> None:
         """Instead of `begin`: go on from the checkpoint at which the edge is, or without it where it is at none.

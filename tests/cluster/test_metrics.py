@@ -40,6 +40,12 @@ def test_an_edge_goes_back_with_one_device_alone() -> None:
     assert settled(events) == [events[0], *events[2:]]
 
 
+def test_steps_of_a_device_that_began_anew_are_gone_at_its_edge_server_too() -> None:
+    opened = [{"event": "session", "device": "a", "state": "open", "step": at} for at in (0, 2, 0)]
+    events = [opened[0], step(1, device="a"), step(2, device="a"), opened[1], step(3, device="a"), opened[2], step(1, device="a")]
+    assert settled(events) == [*opened, events[-1]]
+
+
 def test_a_federation_server_that_goes_on_has_no_steps() -> None:
     events = [{"event": "aggregate", "version": 1}, {"event": "resume", "version": 1}, {"event": "aggregate", "version": 2}]
     assert settled(events) == events
