@@ -17,14 +17,17 @@ _LOOK_S = 0.02
 
 
 class Killer:
-    """Makes `count` kills of `devices` and `servers` while each of the devices makes `steps` steps; `seed` decides which and when.
+    """Makes `count` kills of `devices` and `servers` while each of the devices makes `steps` steps; `seed` decides which and
+    when.
 
     Moments are places in the steps of all devices, from the first to nine tenths of them: so all kills fall into the run however
-    fast it is, and there is always time for some steps in between. A third comes soon after the one before instead, as the first one
-    comes soon after the start: they find daemons at their start, too, and others dead.
+    fast it is, and there is always time for some steps in between. A third comes soon after the one before instead, as the first
+    one comes soon after the start: they find daemons at their start, too, and others dead.
     """
 
-    def __init__(self, daemons: Daemons, devices: Sequence[str], servers: Sequence[str], steps: int, count: int, seed: int) -> None:
+    def __init__(
+        self, daemons: Daemons, devices: Sequence[str], servers: Sequence[str], steps: int, count: int, seed: int
+    ) -> None:
         self.kills: Counter[str] = Counter()
         self._daemons = daemons
         self._devices = devices

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,12 +80,14 @@ class Daemon:
 class Daemons:
     """Starts daemons in folders below `folder`; leaving the `with` block kills those that still run.
 
-    With `forked` they are processes that find torch imported: where it does not matter how a daemon starts, that is faster.
+    With `forked` they are processes that find torch imported: where it does not matter how a daemon starts, that is faster. Else
+    `before`, by a daemon's name, stands before its command line.
     """
 
-    def __init__(self, folder: Path, forked: bool = False) -> None:
+    def __init__(self, folder: Path, forked: bool = False, before: Mapping[str, Sequence[str]] | None = None) -> None:
         self.folder = folder
         self._forked = forked
+        self._before = before or {}
         self.by_name: dict[str, Daemon] = {}
 
     def __getitem__(self, name: str) -> Daemon:
@@ -107,18 +109,17 @@ class Daemons:
         return self._run(ended.out, ended.arguments)
 
     def _run(self, out: Path, arguments: list[str]) -> Daemon:
-        process = self._process(arguments, out / "log.txt")
+        process = self._process(out.name, arguments, out / "log.txt")
         daemon = self.by_name[out.name] = Daemon(out.name, out, process, arguments)
         return daemon
 
-    def _process(self, arguments: list[str], log: Path) -> subprocess.Popen[bytes] | Forked:
+    def _process(self, name: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes] | Forked:
         log.touch()
         if self._forked:
             return Forked(arguments, log, log)
+        command = [*self._before.get(name, ()), *sfl(*arguments)]
         with log.open("ab") as file:
-            return subprocess.Popen(
-                sfl(*arguments), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
-            )
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
 
     def __enter__(self) -> Daemons:
         return self

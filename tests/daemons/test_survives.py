@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from sfl.adapters import peft_format
 from sfl.cluster.metrics import read_events
 from sfl.settings import DeviceSettings, LoraSettings, StrategySettings
+from tests.daemons.killer import Killer
 from tests.daemons.processes import Daemon, Daemons
 from tests.daemons.runs import device_settings, edge_settings, start_all, stop_servers
 from tests.flows import write_texts
@@ -38,7 +41,9 @@ def started(daemons: Daemons, device: DeviceSettings) -> None:
 
 def finish(daemons: Daemons) -> tuple[dict[str, Any], dict[int, float]]:
     """What the federation server reports at the end, and the loss of each of the device's steps."""
-    assert daemons[DEVICE].wait(100) == 0, daemons[DEVICE].log
+    assert daemons[DEVICE].wait(100) in (0, -signal.SIGKILL), daemons[DEVICE].log
+    (end,) = daemons[DEVICE].events("end")
+    assert end["steps"] == STEPS
     assert stop_servers(daemons) == {"edge": 0, "fed": 0}
     for name in (DEVICE, EDGE, "fed"):
         assert "Traceback" not in daemons[name].log, daemons[name].log
@@ -47,6 +52,16 @@ def finish(daemons: Daemons) -> tuple[dict[str, Any], dict[int, float]]:
     assert not list((daemons[DEVICE].out / "state").glob("*.state")), "the run has come to its end"
     assert not list((daemons[EDGE].out / "sessions").iterdir())
     return daemons["fed"].events("end")[0], {event["step"]: event["loss"] for event in steps}
+
+
+def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any], disturbed: str = "disturbed") -> None:
+    """The same figures of the federation server, and the same versions to the bit."""
+    for what in ("version", "aggregations", "submissions", "refused"):
+        assert found[what] == expected[what], what
+    for version in range(expected["version"] + 1):
+        one, other = (peft_format.read(folder / run / "adapters" / f"v{version}")[0] for run in ("undisturbed", disturbed))
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[key], other[key]) for key in one), f"version {version} differs"
 
 
 def step_of(daemon: Daemon) -> int:
@@ -85,9 +100,23 @@ def test_killed_or_stopped_and_started_again_it_comes_to_the_same(tmp_path: Path
         assert len(resumes) >= len(deaths) + 1 and resumes[-1]["step"] == stopped  # a stop in order loses no step
         assert not daemons[DEVICE].events("move")
     assert repeated == losses
-    for what in ("version", "aggregations", "submissions", "refused"):
-        assert found[what] == expected[what], what
-    for version in range(expected["version"] + 1):
-        one, other = (peft_format.read(tmp_path / run / "adapters" / f"v{version}")[0] for run in ("undisturbed", "disturbed"))
-        assert one.keys() == other.keys()
-        assert all(np.array_equal(one[key], other[key]) for key in one), f"version {version} differs"
+    require_same(tmp_path, found, expected)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_comes_to_the_same(tmp_path: Path) -> None:
+    """The federation server, too."""
+    device = settings(tmp_path)
+    with Daemons(tmp_path / "undisturbed", forked=True) as daemons:
+        started(daemons, device)
+        expected, losses = finish(daemons)
+    for seed in (1, 2):
+        folder = tmp_path / f"disturbed-{seed}"
+        begun = time.monotonic()
+        with Daemons(folder, forked=True) as daemons:
+            started(daemons, device)
+            kills = Killer(daemons, [DEVICE], (EDGE, "fed"), STEPS, 20, seed).run()
+            found, repeated = finish(daemons)
+        assert kills.total() == 20 and repeated == losses
+        require_same(tmp_path, found, expected, folder.name)
+        print(f"\nkills: {dict(kills)} in {time.monotonic() - begun:.0f} s: {expected['version']} versions, the same to the bit")
