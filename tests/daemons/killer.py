@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 
 from sfl.cluster.metrics import Follower
@@ -20,9 +21,9 @@ class Killer:
     """Makes `count` kills of `devices` and `servers` while each of the devices makes `steps` steps; `seed` decides which and
     when.
 
-    Moments are places in the steps of all devices, from the first to nine tenths of them: so all kills fall into the run however
-    fast it is, and there is always time for some steps in between. A third comes soon after the one before instead, as the first
-    one comes soon after the start: they find daemons at their start, too, and others dead.
+    Moments are places in the steps of all devices, from the first to four fifths of them: so all kills fall into the run however
+    fast it is, and there is always time for some steps in between. A third comes soon after the one before, wherever that is, as
+    the first one comes soon after the start: they find daemons at their start, too, and others dead.
     """
 
     def __init__(
@@ -38,14 +39,13 @@ class Killer:
         self._learnt = time.monotonic()  # when the last new step was
         self._done: set[str] = set()
         self._down: dict[str, float] = {}  # when each is started again
-        soon = [number == 0 or self._chance.random() < 1 / 3 for number in range(count)]
-        places = deque(sorted(self._chance.uniform(0, 0.9 * steps * len(devices)) for each in soon if not each))
-        self._moments = [None if each else places.popleft() for each in soon]
+        places = [self._chance.uniform(0, 0.8 * steps * len(devices)) for _ in range(count)]
+        self._moments = [(place, number == 0 or self._chance.random() < 1 / 3) for number, place in enumerate(sorted(places))]
 
     def run(self) -> Counter[str]:
         """Kill, and see all devices to their end; how often each daemon was killed."""
-        for moment in self._moments:
-            self._wait(moment)
+        for place, soon in self._moments:
+            self._wait(place, self._chance.uniform(0, _SOON_S) if soon else math.inf)
             victims = [name for name in (*self._devices, *self._servers) if name not in self._done and name not in self._down]
             if self._going and victims:
                 self._kill(self._chance.choice(victims))
@@ -63,10 +63,10 @@ class Killer:
         self.kills[name] += 1
         self._down[name] = time.monotonic() + self._chance.choice((0.0, self._chance.uniform(0, _DOWN_S)))
 
-    def _wait(self, place: float | None) -> None:
-        """Until the devices have come so far, or for a moment."""
-        soon = time.monotonic() + self._chance.uniform(0, _SOON_S)
-        while self._going and (time.monotonic() < soon if place is None else sum(self._reached.values()) < place):
+    def _wait(self, place: float, seconds: float) -> None:
+        """Until the devices have come so far, or for so long."""
+        until = time.monotonic() + seconds
+        while self._going and sum(self._reached.values()) < place and time.monotonic() < until:
             self._look()
             time.sleep(_LOOK_S)
 

@@ -23,32 +23,34 @@ DEVICE, EDGE = "device-1", "edge"
 STEPS, ROUND = 240, 20
 
 
-def settings(folder: Path) -> DeviceSettings:
+def settings(folder: Path, steps: int = STEPS) -> DeviceSettings:
     return device_settings(
         DEVICE,
         save_tiny_model(folder / "model", "opt"),
         write_texts(folder / "texts.txt", 120),
         lora=LoraSettings(rank=4, alpha=8, dropout=0.2),
         cut=2,
-        steps=STEPS,
+        steps=steps,
         checkpoint_steps=7,
     )
 
 
 def started(daemons: Daemons, device: DeviceSettings) -> None:
-    start_all(daemons, StrategySettings(name="fedavg", local_steps=ROUND), [edge_settings(EDGE, device)], [device])
+    start_all(
+        daemons, StrategySettings(name="fedavg", local_steps=ROUND), [edge_settings(EDGE, device)], [device], keep_versions=0
+    )
 
 
-def finish(daemons: Daemons) -> tuple[dict[str, Any], dict[int, float]]:
+def finish(daemons: Daemons, count: int = STEPS) -> tuple[dict[str, Any], dict[int, float]]:
     """What the federation server reports at the end, and the loss of each of the device's steps."""
     assert daemons[DEVICE].wait(100) in (0, -signal.SIGKILL), daemons[DEVICE].log
     (end,) = daemons[DEVICE].events("end")
-    assert end["steps"] == STEPS
+    assert end["steps"] == count
     assert stop_servers(daemons) == {"edge": 0, "fed": 0}
     for name in (DEVICE, EDGE, "fed"):
         assert "Traceback" not in daemons[name].log, daemons[name].log
     steps = [event for event in read_events(daemons[DEVICE].out / "metrics.jsonl") if event["event"] == "step"]
-    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+    assert [event["step"] for event in steps] == list(range(1, count + 1))
     assert not list((daemons[DEVICE].out / "state").glob("*.state")), "the run has come to its end"
     assert not list((daemons[EDGE].out / "sessions").iterdir())
     return daemons["fed"].events("end")[0], {event["step"]: event["loss"] for event in steps}
@@ -106,17 +108,18 @@ def test_killed_or_stopped_and_started_again_it_comes_to_the_same(tmp_path: Path
 @pytest.mark.slow
 def test_killed_at_random_moments_it_comes_to_the_same(tmp_path: Path) -> None:
     """The federation server, too."""
-    device = settings(tmp_path)
+    steps, count = 600, 20
+    device = settings(tmp_path, steps)
     with Daemons(tmp_path / "undisturbed", forked=True) as daemons:
         started(daemons, device)
-        expected, losses = finish(daemons)
+        expected, losses = finish(daemons, steps)
     for seed in (1, 2):
         folder = tmp_path / f"disturbed-{seed}"
         begun = time.monotonic()
         with Daemons(folder, forked=True) as daemons:
             started(daemons, device)
-            kills = Killer(daemons, [DEVICE], (EDGE, "fed"), STEPS, 20, seed).run()
-            found, repeated = finish(daemons)
-        assert kills.total() == 20 and repeated == losses
+            kills = Killer(daemons, [DEVICE], (EDGE, "fed"), steps, count, seed).run()
+            found, repeated = finish(daemons, steps)
+        assert kills.total() == count and repeated == losses
         require_same(tmp_path, found, expected, folder.name)
         print(f"\nkills: {dict(kills)} in {time.monotonic() - begun:.0f} s: {expected['version']} versions, the same to the bit")
