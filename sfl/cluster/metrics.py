@@ -51,8 +51,8 @@ def read_events(path: Path) -> list[Event]:
 def settled(events: Iterable[Event]) -> list[Event]:
     """`events` without those of steps that a process of the run did and, gone back to a checkpoint, did again.
 
-    A "resume" says to which step someone has gone back, and so does an edge server's "session" that is opened: its device may have
-    begun anew. A submission counts once, however often it was sent.
+    A "resume" says to which step someone has gone back, and so does an edge server's "session" that is opened: its device may
+    have begun anew. A submission counts once, however often it was sent.
     """
     kept: list[Event] = []
     submissions = set[str]()

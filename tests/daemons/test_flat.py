@@ -44,7 +44,7 @@ class Growth:
 @pytest.mark.parametrize(
     ("rounds", "most_mb", "most_mb_late", "most_files"),
     [
-        (60, 100.0, 100.0, 30.0),
+        (40, 150.0, 200.0, 50.0),
         pytest.param(2000, 3.0, 1.5, 1.0, marks=pytest.mark.slow),
     ],
 )

@@ -29,7 +29,7 @@ STRATEGIES = {
 @pytest.mark.parametrize(
     ("strategy", "steps", "kills"),
     [
-        ("gsfs", 60, 6),
+        ("gsfs", 45, 6),
         pytest.param("gsfs", 600, 100, marks=pytest.mark.slow),
         pytest.param("fedavg", 600, 100, marks=pytest.mark.slow),
     ],
