@@ -44,7 +44,7 @@ class Growth:
 @pytest.mark.parametrize(
     ("rounds", "most_mb", "most_mb_late", "most_files"),
     [
-        (40, 150.0, 200.0, 50.0),
+        (40, 150.0, 200.0, 100.0),
         pytest.param(2000, 3.0, 1.5, 1.0, marks=pytest.mark.slow),
     ],
 )
@@ -79,4 +79,4 @@ def test_memory_and_open_files_are_flat(
         print(f"{name}: {last_mb:.1f} MB, {mb:+.2f} in 1,000 rounds, {mb_late:+.2f} in the last half;", end=" ")
         print(f"{last_files} open files, {files:+.2f} in 1,000 rounds")
     slopes = {name: (*growth.slope(rounds / 4), growth.slope(rounds / 2)[0]) for name, growth in growths.items()}
-    assert all(mb < most_mb and abs(files) < most_files and late < most_mb_late for mb, files, late in slopes.values())
+    assert all(mb < most_mb and files < most_files and late < most_mb_late for mb, files, late in slopes.values())
