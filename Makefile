@@ -21,8 +21,9 @@ help:
 demo: $(READY)
 	@$(BIN)/sfl demo $(ARGS)
 
+# Two processes: a good part of the tests waits for daemons. A file's tests stay together, as they share what is costly to make.
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
