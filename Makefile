@@ -31,7 +31,7 @@ test-slow: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy sfl
+	@$(BIN)/mypy
 
 stubs: $(READY)
 	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/sfl/v1/*.proto

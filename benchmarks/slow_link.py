@@ -107,9 +107,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def behind(job: Job) -> list[str]:
     """The devices on the slowest link."""
-    paces = job.conditions.paces
-    slowest = min(pace.bytes_per_s for pace in paces.values())
-    return [name for name, pace in paces.items() if pace.bytes_per_s == slowest]
+    speeds = job.conditions.speeds
+    slowest = min(speed.bytes_per_s for speed in speeds.values())
+    return [name for name, speed in speeds.items() if speed.bytes_per_s == slowest]
 
 
 def train(job: Job, program: str, limit_s: float, out: Path) -> None:
@@ -118,12 +118,12 @@ def train(job: Job, program: str, limit_s: float, out: Path) -> None:
     Raises `ChildError` for a daemon that fails; ends this process when it takes longer than `limit_s` seconds.
     """
     slow_ones = behind(job)
-    pace = job.conditions.paces[slow_ones[0]]
+    speed = job.conditions.speeds[slow_ones[0]]
     fed = f"{FAST}:{FED}"
     common = {"federation": fed, "threads": 1, "wait_s": START_S}
     like = job.devices[0]
     shared = {name: getattr(like, name) for name in WorkerSettings.model_fields if name not in DaemonSettings.model_fields}
-    with link(program, pace.bytes_per_s * 8 / 1e6, pace.round_trip_s * 1e3 / 2) as (fast, slow):
+    with link(program, speed.bytes_per_s * 8 / 1e6, speed.round_trip_s * 1e3 / 2) as (fast, slow):
         settings = job.fed.model_copy(update={"listen": fed, "out": out / "fed", "adapters": out / "adapters"})
         programs = [fast.program("fed", settings)]
         for name, machine in (("edge-fast", fast), ("edge-slow", slow)):
