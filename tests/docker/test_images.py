@@ -59,6 +59,16 @@ def test_a_jetson_takes_the_torch_of_its_base() -> None:
             assert each.specifier.contains(found[each.name.lower().replace("_", "-")])
 
 
+def test_a_jetsons_torch_is_nvidias_with_what_it_lacks_there() -> None:
+    """PyPI has a torch of the same version for processors, and its tag is the one that pip likes better."""
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", (DOCKER / "Dockerfile.jetson").read_text(encoding="utf-8"), re.MULTILINE))
+    (torch,) = (each for each in required("aarch64", "train", python="3.10") if each.name == "torch")
+    assert torch.specifier.contains(arguments["TORCH"].partition("==")[2])
+    assert arguments["CUDSS"].partition("==")[2].startswith("0."), "libcudss.so.0 is what that torch wants"
+    installs = re.findall(r'^ *install (.*"\$[23]")$', (DOCKER / "install.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    assert installs[:2] == ['${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$2"', '"$3"']
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson"])
 def test_images_do_not_run_as_root(name: str) -> None:
     text = (DOCKER / name).read_text(encoding="utf-8")
