@@ -5,13 +5,10 @@ A machine is a network namespace and a folder.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,45 +16,14 @@ import pytest
 from sfl.adapters import peft_format
 from sfl.data.generate import PROFILES, generate_log
 from tests.daemons.environment import ENVIRONMENT
+from tests.daemons.machines import Machines, needs_root
 from tests.daemons.processes import sfl
 from tests.metrics import events
 from tests.tiny import save_tiny_model
 
 README = Path(__file__).parents[2] / "README.md"
-ADDRESSES = {"fed": "10.0.0.1", "edge": "10.0.0.2", "camera": "10.0.0.3", "hub": "10.0.0.4"}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"),
-]
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-@pytest.fixture
-def machines() -> Iterator[dict[str, str]]:
-    """A namespace for each machine, all on one switch, which is a namespace too; by machine its namespace."""
-    mark = f"sfl{os.getpid()}"
-    switch = f"{mark}-switch"
-    names = {machine: f"{mark}-{machine}" for machine in ADDRESSES}
-    try:
-        for namespace in (switch, *names.values()):
-            ip("netns", "add", namespace)
-            ip("-n", namespace, "link", "set", "lo", "up")
-        ip("-n", switch, "link", "add", "br0", "type", "bridge")
-        ip("-n", switch, "link", "set", "br0", "up")
-        for port, (machine, namespace) in enumerate(names.items()):
-            ip("-n", switch, "link", "add", f"port{port}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            ip("-n", switch, "link", "set", f"port{port}", "master", "br0", "up")
-            ip("-n", namespace, "addr", "add", f"{ADDRESSES[machine]}/24", "dev", "eth0")
-            ip("-n", namespace, "link", "set", "eth0", "up")
-        yield names
-    finally:
-        for namespace in (switch, *names.values()):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "del", namespace)
+pytestmark = [pytest.mark.slow, needs_root]
 
 
 def readme_files() -> dict[str, str]:
@@ -89,9 +55,7 @@ def furnish(folder: Path) -> None:
         generate_log(folder / profile / f"{profile}.conn.log.labeled", 400, PROFILES[profile], seed=index)
 
 
-def test_the_readmes_files_train_across_four_machines_and_a_stranger_gets_nothing(
-    machines: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_readmes_files_train_across_four_machines_and_a_stranger_gets_nothing(machines: Machines, tmp_path: Path) -> None:
     furnish(tmp_path)
     stranger = tmp_path / "camera" / "stranger.toml"  # who has no certificate, and knows how to go without
     text = (tmp_path / "camera" / "camera.toml").read_text(encoding="utf-8")
@@ -103,10 +67,10 @@ def test_the_readmes_files_train_across_four_machines_and_a_stranger_gets_nothin
     running = {}
     try:
         for machine, role in roles.items():  # the servers last: everybody waits for everybody
-            command = ["ip", "netns", "exec", machines[machine], *sfl(role, "--config", f"{machine}.toml")]
+            command = [*machines.command(machine), *sfl(role, "--config", f"{machine}.toml")]
             running[machine] = subprocess.Popen(command, cwd=tmp_path / machine, env=ENVIRONMENT)
         refused = subprocess.run(
-            ["ip", "netns", "exec", machines["camera"], *sfl("device", "--config", "stranger.toml", "--name", "stranger")],
+            [*machines.command("camera"), *sfl("device", "--config", "stranger.toml", "--name", "stranger")],
             cwd=tmp_path / "camera",
             env=ENVIRONMENT,
             capture_output=True,
