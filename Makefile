@@ -27,8 +27,9 @@ help:
 demo: $(READY)
 	@$(BIN)/sfl demo $(ARGS)
 
+# Two processes: a good part of the tests waits for daemons. A file's tests stay together, as they share what is costly to make.
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
@@ -39,7 +40,7 @@ test-docker: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy sfl
+	@$(BIN)/mypy
 
 stubs: $(READY)
 	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/sfl/v1/*.proto

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 
 from sfl import state_file
+from sfl.adapters.disk import sync
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import device_half
 from sfl.device.checkpoints import CheckpointFiles
@@ -66,20 +68,18 @@ def main() -> None:
 
 def measure(where: str, folder: Path, write: Callable[[], object]) -> None:
     whole, synced = list[float](), list[float]()
-    real = state_file.sync
 
     def timed(path: Path) -> None:
         started = time.perf_counter()
-        real(path)
+        sync(path)
         synced[-1] += time.perf_counter() - started
 
-    state_file.sync = timed
-    for _ in range(TIMES):
-        synced.append(0.0)
-        started = time.perf_counter()
-        write()
-        whole.append(time.perf_counter() - started)
-    state_file.sync = real
+    with patch.object(state_file, "sync", timed):
+        for _ in range(TIMES):
+            synced.append(0.0)
+            started = time.perf_counter()
+            write()
+            whole.append(time.perf_counter() - started)
     size = max(path.stat().st_size for path in folder.glob("*.state"))
     print(
         f"{where}: {1000 * median(whole):.1f} ms a checkpoint (slowest {1000 * max(whole):.1f} ms), of which the disk"

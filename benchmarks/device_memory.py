@@ -17,8 +17,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from members import device_command, end_of, servers
+
+if TYPE_CHECKING:
+    from sfl.settings import Precision
 
 BATCH, LENGTH = 4, 128
 # Peak of the device over the unsplit process: the shape, the device's precision, and what is allowed.
@@ -63,7 +67,7 @@ def floor_of_imports() -> None:
     print(json.dumps({"peak": peak_rss_mb()}))
 
 
-def floor_of_training(model: str, cut: int, precision: str, micro_batch: int) -> None:
+def floor_of_training(model: str, cut: int, precision: Precision, micro_batch: int) -> None:
     """Count what a device's half has to keep; prints MB of weights, adapter (with gradient and moments) and activations."""
     import torch
     from transformers import AutoConfig

@@ -25,7 +25,7 @@ from shapes import config_of, make_model, write_texts
 from sfl.data.settings import DataSettings
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.prepare import PreparedDevice
-from sfl.settings import DeviceSettings
+from sfl.settings import DeviceSettings, Precision
 from sfl.wire.federation import FederationClient
 from sfl.wire.split import CutBatch
 
@@ -39,7 +39,7 @@ def batch(hidden: int, seed: int) -> CutBatch:
     return CutBatch(activation, torch.ones(BATCH, LENGTH, dtype=torch.int64), torch.arange(BATCH) % 2)
 
 
-def shared_edge(model: Path, shape: str, devices: int, steps: int, precision: str) -> float:
+def shared_edge(model: Path, shape: str, devices: int, steps: int, precision: Precision) -> float:
     """Peak of the edge daemon with so many devices, in MB."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -60,8 +60,8 @@ def shared_edge(model: Path, shape: str, devices: int, steps: int, precision: st
                 client.join(member.join_request())
             links = []
             for member, client in zip(members, clients):
-                client.agreement(120)
-                links.append(GrpcEdgeLink(running.edge, member.session_request(client.version(0, 300)), 120, 120))
+                policy = client.agreement(120).policy
+                links.append(GrpcEdgeLink(running.edge, member.session_request(client.version(0, 300), policy), 120, 120))
                 stack.callback(links[-1].hang_up)
             for step in range(1, steps + 1):
                 for index, link in enumerate(links):
@@ -69,7 +69,7 @@ def shared_edge(model: Path, shape: str, devices: int, steps: int, precision: st
         return float(end_of(folder / "servers" / "edge")["peak_rss_mb"])
 
 
-def model_for_each(model: str, shape: str, copies: int, steps: int, precision: str) -> None:
+def model_for_each(model: str, shape: str, copies: int, steps: int, precision: Precision) -> None:
     """Hold an edge's half for each of `copies` devices and train them in turns; prints the peak."""
     from sfl.adapters.layout import LoraSpec
     from sfl.adapters.state import edge_half

@@ -57,11 +57,12 @@ def make_model(shape: str, folder: Path, layers: int | None = None) -> Path:
         config = config_of(shape, layers)
         auto = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
         dtype = torch.bfloat16 if shape in _KEPT_IN_BF16 else torch.float32
-        auto.from_config(config, dtype=dtype).save_pretrained(folder)
+        auto.from_config(config, dtype=dtype).save_pretrained(folder)  # type: ignore[no-untyped-call]
         vocabulary = {word: index for index, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *map(str, range(1000))])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+        words = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **words)  # type: ignore[no-untyped-call]
         fast.save_pretrained(folder)
     return folder
 

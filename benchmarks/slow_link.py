@@ -126,7 +126,9 @@ def train(job: Job, program: str, limit_s: float, out: Path) -> None:
     like = job.devices[0]
     shared = {name: getattr(like, name) for name in WorkerSettings.model_fields if name not in DaemonSettings.model_fields}
     with link(program, speed.bytes_per_s * 8 / 1e6, speed.round_trip_s * 1e3 / 2) as (fast, slow):
-        settings = job.fed.model_copy(update={"listen": fed, "out": out / "fed", "adapters": out / "adapters", "tls": tls})
+        settings = job.fed.model_copy(
+            update={"listen": fed, "out": out / "fed", "adapters": out / "adapters", "keep_versions": 0, "tls": tls}
+        )
         programs = [fast.program("fed", settings)]
         for name, machine in (("edge-fast", fast), ("edge-slow", slow)):
             own = {"name": name, "listen": f"{machine.address}:{EDGE}", "out": out / name}

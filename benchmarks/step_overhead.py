@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if "--device" in sys.argv:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `sfl device` does before torch is loaded
@@ -40,7 +41,7 @@ from sfl.model.default import default_model
 from sfl.model.load import load_task_model
 from sfl.settings import DeviceSettings
 from sfl.wire.federation import FederationClient
-from sfl.wire.split import CutBatch, StepResult
+from sfl.wire.split import ORDINARY, CutBatch, StepResult, StepTerms
 
 LIMIT = 1.10
 WARM_UP = 2
@@ -60,9 +61,9 @@ class TimedLink(GrpcEdgeLink):
 
     waited_s = 0.0
 
-    def step(self, step: int, version: int, batch: CutBatch, rate_factor: float = 1.0) -> StepResult:
+    def step(self, step: int, version: int, batch: CutBatch, terms: StepTerms = ORDINARY, checkpoint: int = 0) -> StepResult:
         started = time.perf_counter()
-        result = super().step(step, version, batch, rate_factor)
+        result = super().step(step, version, batch, terms, checkpoint)
         self.waited_s = time.perf_counter() - started
         return result
 
@@ -72,11 +73,11 @@ def processes(settings: DeviceSettings, folder: Path, threads: int) -> Iterator[
     """A federation server, an edge server and a device that does one step for each line it reads; yields the device."""
     sfl = [sys.executable, "-m", "sfl.cli.main"]
     fed = ["--listen", settings.federation, "--devices", "1", "--out", str(folder / "fed"), "--strategy.name", "fedavg"]
-    edge = ["--listen", settings.edge, "--federation", settings.federation, "--model", settings.model]
+    edge = ["--listen", settings.edge, "--federation", settings.federation, "--model", str(settings.model)]
     config = folder / "device.json"
     config.write_text(settings.model_dump_json(), encoding="utf-8")
     with (folder / "log.txt").open("w") as log:
-        children = [
+        children: list[subprocess.Popen[Any]] = [
             subprocess.Popen([*sfl, "fed", *fed], stderr=log),
             subprocess.Popen([*sfl, "edge", *edge, "--threads", str(threads), "--out", str(folder / "edge")], stderr=log),
             subprocess.Popen(
@@ -106,7 +107,7 @@ def be_device(config: Path) -> None:
     plan = device.plan(list(agreement.labels))
     half, slots = device.load_half()
     version = federation.version(0, 300)
-    state = federation.fetch(version, 0, settings.cut)
+    state = federation.fetch(version, 0, device.cut)
     adapter = device.adapter(slots, state, version, agreement.policy)
     link = TimedLink(settings.edge, device.session_request(version, agreement.policy), 120, 120)
     trainer = DeviceTrainer(half, adapter, link, settings.task)

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Inside the build of an image: install.sh packages ROLE | jetson TORCH | sfl FOLDER. Wheels beside this file are enough, if there
-# are any; without them pip asks its index, and TORCH_INDEX for torch. The locks name every package, so nothing is resolved here
-# and nothing else comes in.
+# Inside the build of an image: install.sh packages ROLE | jetson TORCH CUDSS | sfl FOLDER. Wheels beside this file are enough, if
+# there are any; without them pip asks its index, and TORCH_INDEX for torch. The locks name every package, so nothing is resolved
+# here and nothing else comes in.
 set -eu
 here=$(dirname "$0")
 python=$(command -v python || command -v python3)
@@ -33,7 +33,14 @@ jetson)
     "$python" -m venv --system-site-packages /opt/sfl
     install --upgrade 'pip>=24'
     install --ignore-installed --only-binary :all: -r "$here/jetson.aarch64.txt"
-    [ -z "$2" ] || install "$2"
+    if [ -n "$2" ]; then
+        # From that index alone: of the same version pip likes PyPI's build better, which is for processors.
+        install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$2"
+        install "$3"
+        site=$(/opt/sfl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        echo "$site/nvidia/cu12/lib" >/etc/ld.so.conf.d/cudss.conf
+        ldconfig
+    fi
     ;;
 sfl)
     PIP_CONSTRAINT="$here/build.txt" install "$2"

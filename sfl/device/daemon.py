@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
-    """Take part in one federated run, or go on with it; SIGTERM ends this process in order and not the run.
+    """Take part in one federated run, or go on with it; SIGTERM and SIGINT end this process in order and not the run.
 
     Raises the `SflError` that ends it early; what was submitted until then counts, and a later process goes on from the last
     checkpoint. A `recorder` that is recording is told what to look at.

@@ -20,9 +20,11 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """SIGTERM raises `Stopped`, while this is entered: at once where all is kept, and inside `held` after its block.
+    """SIGTERM or SIGINT (Ctrl-C) raises `Stopped`, while this is entered: at once where all is kept, and inside `held` after its
+    block.
 
-    `grace_s` seconds later it is raised again, wherever that is: whatever ends a device, it goes on from its last checkpoint.
+    `grace_s` seconds later, or at a second signal, it is raised again, wherever that is: whatever ends a device, it goes on from
+    its last checkpoint.
     Outside a process's main thread nothing is heard.
     """
 
@@ -59,10 +61,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {
-                signal.SIGTERM: signal.signal(signal.SIGTERM, self._tell),
-                signal.SIGALRM: signal.signal(signal.SIGALRM, self._late),
-            }
+            handlers = {signal.SIGTERM: self._tell, signal.SIGINT: self._tell, signal.SIGALRM: self._late}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -15,7 +15,7 @@ from sfl.data.split import Splits
 from sfl.device.provision import agreed
 from sfl.doctor.finding import Finding, broke, passed, skipped, warned
 from sfl.doctor.kernels import check_precisions
-from sfl.doctor.packages import check_packages
+from sfl.doctor.packages import NOT_ON_A_DEVICE, check_packages
 from sfl.doctor.peers import WAIT_S, Server, check_clock, check_way, timed
 from sfl.doctor.processor import check_processor
 from sfl.doctor.room import check_device_disks, check_disk, check_memory, check_plan
@@ -48,7 +48,7 @@ def examine(role: Role, settings: DaemonSettings | None) -> Iterator[Finding]:
     elif isinstance(settings, DeviceSettings):
         yield from _examine_device(settings)
     else:
-        yield from check_packages(("train",))
+        yield from check_packages(("train",), NOT_ON_A_DEVICE)
         yield from check_processor()
         yield from check_precisions()
         yield check_memory()
@@ -124,7 +124,8 @@ def _examine_device(settings: DeviceSettings) -> Iterator[Finding]:
 
 
 def _examine_worker(settings: DeviceSettings | EdgeSettings) -> Iterator[Finding]:
-    yield from check_packages(("train", "quant") if settings.precision == "nf4" else ("train",))
+    may_lack = NOT_ON_A_DEVICE if isinstance(settings, DeviceSettings) else ()
+    yield from check_packages(("train", "quant") if settings.precision == "nf4" else ("train",), may_lack)
     yield from check_processor(settings.compute_format if settings.run_on == "cpu" else None)
     yield from check_precisions(settings.precision, settings.run_on)
 
@@ -137,7 +138,7 @@ def _examine_edge_server(settings: DeviceSettings, own: _Own, described: list[De
     server = Server(EDGE, settings.edge, "edge", own.node)
     way = list(check_way(server))
     yield from way
-    if way[-1].state != "passed":
+    if any(each.state == "failed" for each in way):
         return
     name = server.name("rights")
     try:
@@ -163,7 +164,7 @@ def _examine_federation(address: str, name: str, own: _Own, request: federation_
     server = Server(FEDERATION, address, "fed", own.node)
     way = list(check_way(server))
     yield from way
-    if way[-1].state != "passed":
+    if any(each.state == "failed" for each in way):
         return
     joining = server.name("joining")
     if request is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -11,11 +11,13 @@ from packaging.requirements import Requirement
 from sfl import __version__
 from sfl.doctor.finding import Finding, failed, passed, warned
 
+NOT_ON_A_DEVICE = ("cryptography", "grpcio-health-checking")  # which imports neither; a device's image is without them
 
-def check_packages(extras: Sequence[str]) -> Iterator[Finding]:
+
+def check_packages(extras: Sequence[str], may_lack: Collection[str] = ()) -> Iterator[Finding]:
     """One line for Python and sfl, one for all packages that are as they should be, and one for each that is not.
 
-    `extras` are sfl's own that a daemon of this kind needs.
+    `extras` are sfl's own that a daemon of this kind needs, and packages that it `may_lack` need not be installed.
     """
     yield passed("versions", f"sfl {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     try:
@@ -25,6 +27,8 @@ def check_packages(extras: Sequence[str]) -> Iterator[Finding]:
         return
     good: list[str] = []
     for requirement in _in_force(needed, extras):
+        if requirement.name in may_lack and not _installed(requirement.name):
+            continue
         finding = _check(requirement)
         if finding is None:
             good.append(f"{requirement.name} {metadata.version(requirement.name)}")
@@ -44,11 +48,17 @@ def _in_force(needed: Iterable[str], extras: Sequence[str]) -> Iterator[Requirem
 def _check(requirement: Requirement) -> Finding | None:
     """What is wrong with a package; None where nothing is."""
     wanted = f"{requirement.name}{requirement.specifier}"
-    try:
-        version = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
+    version = _installed(requirement.name)
+    if version is None:
         return failed("packages", f"{requirement.name} is not installed", f"pip install '{wanted}'")
     # A build of torch for one kind of machine, 2.13.0+cpu, is of version 2.13.0.
     if not requirement.specifier.contains(version.partition("+")[0], prereleases=True):
         return failed("packages", f"{requirement.name} is {version}", f"pip install '{wanted}'")
     return None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -23,7 +23,7 @@ class Member:
     name: str
     role: Role
     task: str
-    base_model: str
+    base_model: str = field(compare=False)  # where it has the model, which may change; the fingerprint may not
     model_fingerprint: str
     lora: LoraSpec
     cut: int = 0

@@ -1,4 +1,4 @@
-"""SIGTERM: at once where nothing is lost, after the step where something would be, and never later than its grace."""
+"""SIGTERM and Ctrl-C: at once where nothing is lost, after the step where something would be, and never later than its grace."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sfl.device.stop import Stopped, StopSignal
 from sfl.errors import UnreachableError
 
 
-def tell() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def tell(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
 
 
 def test_a_wait_ends_at_once() -> None:
@@ -25,11 +25,12 @@ def test_a_wait_ends_at_once() -> None:
     assert stop.told and time.monotonic() - started < 2
 
 
-def test_a_step_is_finished_first() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_step_is_finished_first(number: signal.Signals) -> None:
     done = []
     with StopSignal() as stop, pytest.raises(Stopped):
         with stop.held():
-            tell()
+            tell(number)
             assert stop.told
             done.append("step")
         done.append("another")
@@ -58,8 +59,9 @@ def test_an_error_on_the_way_out_is_none() -> None:
 
 
 def test_what_was_there_before_is_there_again() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
     with StopSignal(grace_s=0.2) as stop, pytest.raises(Stopped), stop.held():
         tell()
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
     time.sleep(0.3)  # the alarm does not come either

@@ -59,11 +59,22 @@ def test_a_jetson_takes_the_torch_of_its_base() -> None:
             assert each.specifier.contains(found[each.name.lower().replace("_", "-")])
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson"])
-def test_images_do_not_run_as_root(name: str) -> None:
+def test_a_jetsons_torch_is_nvidias_with_what_it_lacks_there() -> None:
+    """PyPI has a torch of the same version for processors, and its tag is the one that pip likes better."""
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", (DOCKER / "Dockerfile.jetson").read_text(encoding="utf-8"), re.MULTILINE))
+    (torch,) = (each for each in required("aarch64", "train", python="3.10") if each.name == "torch")
+    assert torch.specifier.contains(arguments["TORCH"].partition("==")[2])
+    assert arguments["CUDSS"].partition("==")[2].startswith("0."), "libcudss.so.0 is what that torch wants"
+    installs = re.findall(r'^ *install (.*"\$[23]")$', (DOCKER / "install.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    assert installs[:2] == ['${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$2"', '"$3"']
+
+
+@pytest.mark.parametrize(("name", "user"), [("Dockerfile", "10001:10001"), ("Dockerfile.jetson", "10001")])
+def test_images_do_not_run_as_root(name: str, user: str) -> None:
+    """On a Jetson without a group, as with one the user would have no other: not video either, whose the GPU is."""
     text = (DOCKER / name).read_text(encoding="utf-8")
     users = re.findall(r"^USER (\S+)", text, re.MULTILINE)
-    assert users == ["10001:10001"]
+    assert users == [user]
     assert "--mount" not in text  # builders without BuildKit do not know it
     assert text.count("HEALTHCHECK") == (3 if name == "Dockerfile" else 1)
 

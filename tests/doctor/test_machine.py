@@ -55,6 +55,15 @@ def test_packages_are_held_against_what_this_kind_of_daemon_needs(monkeypatch: p
     ]
 
 
+def test_a_device_may_lack_what_only_servers_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["grpcio<2,>=1.81.1", "cryptography>=43"]
+    installed(monkeypatch, needed, {"grpcio": "1.85.1"})
+    assert [each.state for each in check_packages((), packages.NOT_ON_A_DEVICE)] == ["passed", "passed"]
+    assert [each.state for each in check_packages(())] == ["passed", "failed", "passed"]
+    installed(monkeypatch, needed, {"grpcio": "1.85.1", "cryptography": "42.0"})
+    assert [each.state for each in check_packages((), packages.NOT_ON_A_DEVICE)] == ["passed", "failed", "passed"]
+
+
 @pytest.mark.parametrize("version", ["1.80.0", "2.0.0"])
 def test_a_package_of_another_version_fails(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     installed(monkeypatch, NEEDED, {"grpcio": version})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from tests.provision.made import DESCRIPTION, OTHER
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine has been looked at elsewhere; no planner is started."""
     monkeypatch.setattr(examine_module, "check_precisions", lambda *given: iter(()))
-    monkeypatch.setattr(examine_module, "check_packages", lambda extras: iter(()))
+    monkeypatch.setattr(examine_module, "check_packages", lambda *given: iter(()))
     monkeypatch.setattr(room, "choose_cut_apart", lambda model, request, memory, cut: ChosenCut(cut or 2, 1.0))
     monkeypatch.setattr(peers, "WAIT_S", 1.0)
 
@@ -110,6 +111,16 @@ def test_all_is_well(tmp_path: Path) -> None:
         assert looked.keys() - passed <= {"processor", "disk of cache"}, "which depend on the machine"
         assert "labels Benign, C&C, DDoS" in looked["data"].found
         assert fed.joined == 0, "it has only asked"
+
+
+def test_without_grpcs_health_package_the_rest_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the image of a device."""
+    with servers(tmp_path) as (edge, address, _):
+        monkeypatch.setitem(sys.modules, "sfl.watching.health", None)
+        looked = states(found(device(tmp_path, edge, address)))
+    assert {looked[f"{server} server: service"] for server in ("edge", "federation")} == {"skipped"}
+    assert {looked[f"{server} server: rights"] for server in ("edge", "federation")} == {"passed"}
+    assert looked["federation server: joining"] == "passed"
 
 
 def test_joining_is_refused_for_the_reason_and_with_the_number_that_the_server_gives(tmp_path: Path) -> None:

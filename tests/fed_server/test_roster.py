@@ -166,6 +166,15 @@ def test_other_settings_may_be_given_to_a_device_that_the_server_has_not_heard_o
         again.join(device("b", cut=2))
 
 
+def test_a_device_whose_model_lies_elsewhere_now_is_the_same_device(tmp_path: Path) -> None:
+    """It moved to another machine, or to another user's cache."""
+    fed = begun(tmp_path, Clock(), device("a", base_model="/home/old/model"))
+    fed.join(device("a", base_model="/home/new/model"))
+    assert fed.joined == 1
+    with pytest.raises(NameTakenError, match=r"has that name"):
+        fed.join(device("a", base_model="/home/new/model", examples=11))
+
+
 def test_devices_that_have_yet_to_join_are_expected_for_what_is_left_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
