@@ -18,7 +18,7 @@ from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.uploads import HalfUploads, TakenHalf
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker
-from sfl.errors import LimitError, SflError, StateWriteError, WireError
+from sfl.errors import LimitError, MachineError, SflError, StateWriteError, WireError
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import split_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -134,7 +134,10 @@ class SplitService(SplitTrainingServicer):
                     assembler.max_bytes, assembler.limit = round(self._limits.request_mb * 1e6), "limits.request_mb"
                 for reply in frames(*answer.result(), self.traffic):
                     yield reply
-        except StateWriteError as error:  # the device asks again, and by then there may be room
+        except OSError as error:  # too many open files, say: the device asks again, and by then there may be fewer
+            log.error("%s", error)
+            await refuse(context, grpc.StatusCode.UNAVAILABLE, MachineError(f"the edge server's machine refused: {error}"))
+        except StateWriteError as error:  # the same, as there may be room by then
             log.error("%s", error)
             await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
         except WireError as error:

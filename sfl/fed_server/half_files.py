@@ -51,7 +51,8 @@ class HalfFile:
         """Its tensors, or those of them that `keys` names.
 
         They are mapped, for reading only: what is not looked at is not read, and the file may be deleted while they are in use.
-        Raises `AdapterError` when the file is missing or damaged.
+        Raises `AdapterError` when the file is missing or damaged, `OSError` when it cannot be read now, as too many files are
+        open, say: that says nothing of what it holds.
         """
         try:
             with self.path.open("rb") as file:
@@ -65,18 +66,18 @@ class HalfFile:
                 for key, place in places.items()
                 if keys is None or key in keys
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
             raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
 
     def about(self) -> dict[str, str]:
-        """What it says of itself, once the whole file was found to be as it was written. Raises `AdapterError` if it is not."""
+        """What it says of itself, once the whole file was found to be as it was written. Raises as `read` does."""
         tensors = {str(key): value for key, value in self.read().items()}
         try:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
                 about: dict[str, str] = json.loads(file.read(length))["__metadata__"]
             told = about.pop(_SUM)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
         if told != _checksum(about, tensors):
             raise AdapterError(f"half an update in {self.path} is damaged: its checksum is not that of what it holds")

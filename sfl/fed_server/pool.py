@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, require_same_keys
 from sfl.errors import AdapterError, RefusedError
 from sfl.fed_server import half_files
@@ -46,7 +47,7 @@ class Submission:
     files: tuple[HalfFile, ...]
 
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
-        """The tensors named by `keys`, or all. Raises `AdapterError` when a file cannot be read."""
+        """The tensors named by `keys`, or all. Raises as `HalfFile.read` does."""
         return {key: value for file in self.files for key, value in file.read(keys).items()}
 
 
@@ -62,7 +63,7 @@ class Pooled:
         return self.submissions[0]
 
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
-        """Their sum, of the tensors named by `keys` or all. Raises `AdapterError` when a file cannot be read."""
+        """Their sum, of the tensors named by `keys` or all. Raises as `HalfFile.read` does."""
         result = self.first.read(keys)
         for submission in self.submissions[1:]:
             more = submission.read(keys)
@@ -89,7 +90,7 @@ class Pool:
     Each half is a file in `folder`, `NUMBER-HALF.safetensors`, numbered in the order of arrival; its metadata are the fields of
     `Half`, with the rank and the cut that the device had. A pool takes up what an earlier one left there, in the same order.
     None of them can stem from a version after `newest`. Without a folder it is a temporary one. Raises `AdapterWriteError` for a
-    folder that cannot be used.
+    folder that cannot be used, `OSError` for a half in it that cannot be read now.
     """
 
     def __init__(
@@ -128,12 +129,18 @@ class Pool:
             except AdapterError as error:
                 aside = file.path.with_name(f"{file.path.name}.damaged")
                 log.error("%s; the file is kept as %s, and not counted", error, aside.name)
-                file.path.replace(aside)
+                self._set_aside(file, aside)
                 continue
             if self.knows(half):  # it is in a version, or there twice: the server was killed before it deleted the file
                 _delete(file)
             else:
                 self._take(half, file, rank, cut)
+
+    def _set_aside(self, file: HalfFile, aside: Path) -> None:
+        try:
+            file.path.replace(aside)
+        except OSError as error:
+            raise AdapterWriteError(f"updates cannot be kept in {self._folder}: {error}") from error
 
     def knows(self, half: Half) -> bool:
         """Whether this half has arrived before."""

@@ -13,7 +13,7 @@ import grpc.aio
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.connection_settings import LimitSettings
-from sfl.errors import AdapterError, LimitError, SflError, StateWriteError, UnknownMemberError, WireError
+from sfl.errors import AdapterError, LimitError, MachineError, SflError, StateWriteError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.status import StatusBoard
@@ -206,9 +206,12 @@ async def _happens(event: asyncio.Event, within_s: float) -> bool:
 
 @contextlib.asynccontextmanager
 async def _refusing(context: Context) -> AsyncIterator[None]:
-    """Answer an `SflError` with its message, and a status that says whether trying again may help."""
+    """Answer an `SflError` with its message, and a status that says whether trying again may help, as it may after an `OSError`."""
     try:
         yield
+    except OSError as error:
+        log.error("%s", error)
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, MachineError(f"the federation server's machine refused: {error}"))
     except UnknownMemberError as error:  # clients join again and try again: see FederationClient
         await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except (AdapterWriteError, StateWriteError) as error:  # a full disk, say: clients try again

@@ -122,6 +122,17 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Opening a file fails, as when the process has as many open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def same(left: AdapterState, right: AdapterState) -> bool:
     """Whether two adapters are equal to the bit."""
     return left.keys() == right.keys() and all(left[key].tobytes() == right[key].tobytes() for key in left)

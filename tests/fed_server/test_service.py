@@ -205,7 +205,10 @@ def test_a_device_that_asks_for_the_newest_version_gets_it_and_for_a_removed_one
         assert a.fetch_newest(1)[0] == 3
 
 
-def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AdapterWriteError("no space left"), OSError(24, "Too many open files")])
+def test_what_the_machine_refuses_makes_the_sender_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     fed = federation(tmp_path, 1)
     tries: list[int] = []
     take = fed.submit
@@ -213,7 +216,7 @@ def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pyt
     def submit(*arguments: Any) -> None:
         tries.append(1)
         if len(tries) == 1:
-            raise AdapterWriteError("no space left")
+            raise error
         take(*arguments)
 
     monkeypatch.setattr(fed, "submit", submit)
