@@ -13,7 +13,16 @@ import grpc.aio
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.connection_settings import LimitSettings
-from sfl.errors import AdapterError, LimitError, MachineError, SflError, StateWriteError, UnknownMemberError, WireError
+from sfl.errors import (
+    AdapterError,
+    BusyError,
+    LimitError,
+    MachineError,
+    SflError,
+    StateWriteError,
+    UnknownMemberError,
+    WireError,
+)
 from sfl.fed_server.coordinator import Federation, Placement
 from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.status import StatusBoard
@@ -216,6 +225,9 @@ async def _refusing(context: Context) -> AsyncIterator[None]:
         await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except (AdapterWriteError, StateWriteError) as error:  # a full disk, say: clients try again
         log.error("%s", error)
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
+    except BusyError as error:
+        log.warning("refused for now: %s", error)
         await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except LimitError as error:
         log.warning("refused: %s", error)

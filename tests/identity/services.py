@@ -69,10 +69,14 @@ def edge_server(
 
 
 def linked(
-    address: str, request: Any, node: Node | None = None, on_edge: Callable[[str], None] = lambda edge: None
+    address: str,
+    request: Any,
+    node: Node | None = None,
+    on_edge: Callable[[str], None] = lambda edge: None,
+    give_up_s: float = 5,
 ) -> GrpcEdgeLink:
     """A device's link, with its session open."""
-    link = GrpcEdgeLink(address, request, 5, 5, node, on_edge)
+    link = GrpcEdgeLink(address, request, 5, give_up_s, node, on_edge)
     try:
         link.begin()
     except BaseException:
