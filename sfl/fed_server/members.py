@@ -14,6 +14,7 @@ from sfl.telemetry import log
 Role = Literal["device", "edge"]
 
 MOST_EXAMPLES = 10**12  # that are believed
+_EDGES = 2  # that a device is remembered to have had sessions with: of the one before, halves may still be on their way
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Entry:
     trained: bool = False  # a device has done all its steps, and is yet to evaluate
     left: bool = False
     returns: bool = False  # it was there before the server was started anew, and has not been heard of since
-    edges: set[str] = field(default_factory=set)  # those that a device has had sessions with
+    edges: tuple[str, ...] = ()  # the last ones that a device has had sessions with, the newest last
     fetched: set[int] = field(default_factory=set)  # the last version, which a device trains on, or those that it may be
 
 
@@ -232,11 +233,10 @@ class Roster:
     def add(self, member: Member) -> Member | None:
         """Take `member`, already checked, or take it back; what was known under its name before, if that differs."""
         known = self._entries.get(member.name)
-        edges = {member.edge} - {""}
         if known is None:
-            self._entries[member.name] = _Entry(member, self._clock(), edges=edges)
+            self._entries[member.name] = _Entry(member, self._clock(), edges=_recent((), member.edge))
             return None
-        known.edges |= edges
+        known.edges = _recent(known.edges, member.edge)
         before, known.member = known.member, member
         known.seen, known.trained, known.left, known.returns = self._clock(), False, False, False
         return before if before != member else None
@@ -244,7 +244,7 @@ class Roster:
     def attendance(self) -> list[Attendance]:
         """All members in the order in which they joined, as `restore` takes them."""
         return [
-            Attendance(entry.member, entry.trained, entry.left, tuple(sorted(entry.edges)), tuple(sorted(entry.fetched)))
+            Attendance(entry.member, entry.trained, entry.left, entry.edges, tuple(sorted(entry.fetched)))
             for entry in self._entries.values()
         ]
 
@@ -256,7 +256,8 @@ class Roster:
         """
         since = set[int]() if newest is None else {newest}
         for kept in attendance:
-            entry = _Entry(kept.member, self._clock(), trained=kept.trained, left=kept.left, edges=set(kept.edges))
+            edges = _recent(kept.edges, kept.member.edge)
+            entry = _Entry(kept.member, self._clock(), trained=kept.trained, left=kept.left, edges=edges)
             entry.returns = not kept.left
             entry.fetched = {*kept.fetched, *since}
             self._entries[kept.member.name] = entry
@@ -303,7 +304,7 @@ class Roster:
         return member
 
     def serves(self, device: str, edge: str) -> bool | None:
-        """Whether `device` has, or had, a session with the edge server `edge`; None while it has not said with which."""
+        """Whether `device` has a session with the edge server `edge`, or had its last one there; None while it has not said with which."""
         entry = self._entries.get(device)
         return edge in entry.edges if entry is not None and entry.edges else None
 
@@ -411,6 +412,11 @@ class Roster:
         if entry is None:
             raise UnknownMemberError(f"'{name}' has not joined this federation (any more): join again")
         return entry
+
+
+def _recent(edges: tuple[str, ...], edge: str) -> tuple[str, ...]:
+    """With `edge`, unless it is empty, as the newest; no more than are remembered."""
+    return (*(each for each in edges if each != edge), *([edge] if edge else []))[-_EDGES:]
 
 
 def _show(value: tuple[str, ...] | int) -> str:

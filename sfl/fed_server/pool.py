@@ -10,12 +10,16 @@ from pathlib import Path
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, require_same_keys
-from sfl.errors import AdapterError, RefusedError
+from sfl.errors import AdapterError, BusyError, RefusedError
 from sfl.fed_server import half_files
 from sfl.fed_server.half_files import HalfFile
 from sfl.fed_server.members import Role
 from sfl.fed_server.seen import Seen
 from sfl.telemetry import log
+
+
+_MOST_WAITING = 16  # halves that a device, or an edge server for it, has here without the other one
+_MOST_WHOLE = 256  # submissions of one device that no version has yet
 
 
 @dataclass(frozen=True)
@@ -166,12 +170,14 @@ class Pool:
     def add(self, half: Half, state: AdapterState, rank: int, cut: int) -> bool:
         """Take a half that is new and was checked; True when it makes a whole submission with the one that was there.
 
-        Raises `RefusedError` when the two stem from different versions, `AdapterWriteError` when it cannot be kept, and what
-        `accept` raises; nothing has happened then.
+        Raises `RefusedError` when the two stem from different versions, `BusyError` while as much of the device waits here as may
+        of one, `AdapterWriteError` when it cannot be kept, and what `accept` raises; nothing has happened then.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
-        if other is not None and other.header.version != half.version:
+        if other is None:
+            self._require_room(half)
+        elif other.header.version != half.version:
             raise RefusedError(
                 f"the {half.half}'s half of submission {half.submission} of device '{half.device}' stems from version"
                 f" {half.version}, the other half from {other.header.version}"
@@ -186,6 +192,21 @@ class Pool:
                 raise
         self._arrived += 1
         return self._take(half, file, rank, cut)
+
+    def _require_room(self, half: Half) -> None:
+        """What completes a submission is never held up by this, so halves that wait become fewer."""
+        waiting = sum(key[0] == half.device and pending.header.half == half.half for key, pending in self._pending.items())
+        missing = "edge server" if half.half == "device" else "device"
+        if waiting >= _MOST_WAITING:
+            raise BusyError(
+                f"{waiting} {half.half} halves of submissions of device '{half.device}' wait for the {missing}'s: no more are taken"
+                f" until one of these has come, or they are given up after {self._half_expires_s:g} s (half_expires_s)"
+            )
+        whole = len(self._whole.get(half.device, ()))
+        if whole >= _MOST_WHOLE:
+            raise BusyError(
+                f"{whole} submissions of device '{half.device}' wait for the next version: no more are taken until that is made"
+            )
 
     def _take(self, half: Half, file: HalfFile, rank: int, cut: int) -> bool:
         key = (half.device, half.submission)

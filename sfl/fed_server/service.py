@@ -24,7 +24,7 @@ from sfl.errors import (
     WireError,
 )
 from sfl.fed_server.coordinator import Federation, Placement
-from sfl.fed_server.messages import half_from_wire, member_from_wire
+from sfl.fed_server.messages import LONGEST_ID, LONGEST_NAME, half_from_wire, member_from_wire
 from sfl.fed_server.status import StatusBoard
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
@@ -153,7 +153,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                 header = message.update
                 half, state = half_from_wire(header), from_tensors(tensors)
             except WireError as error:
-                self._federation.refuse(header.device or None, header.submission or None, str(error))
+                self._federation.refuse(header.device[:LONGEST_NAME] or None, header.submission[:LONGEST_ID] or None, str(error))
                 raise
             self._federation.submit(half, state)
         return pb.SubmitReply(whole=self._federation.has_whole(half))
