@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from sfl import state_file
+from sfl import disk
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import device_half
 from sfl.device.checkpoints import CheckpointFiles
@@ -66,20 +66,20 @@ def main() -> None:
 
 def measure(where: str, folder: Path, write: Callable[[], object]) -> None:
     whole, synced = list[float](), list[float]()
-    real = state_file.sync
+    real = disk.sync
 
     def timed(path: Path) -> None:
         started = time.perf_counter()
         real(path)
         synced[-1] += time.perf_counter() - started
 
-    state_file.sync = timed
+    disk.sync = timed
     for _ in range(TIMES):
         synced.append(0.0)
         started = time.perf_counter()
         write()
         whole.append(time.perf_counter() - started)
-    state_file.sync = real
+    disk.sync = real
     size = max(path.stat().st_size for path in folder.glob("*.state"))
     print(
         f"{where}: {1000 * median(whole):.1f} ms a checkpoint (slowest {1000 * max(whole):.1f} ms), of which the disk"

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save_file
 
 from sfl.adapters import checksums
 from sfl.adapters.completeness import require_complete
-from sfl.adapters.disk import make_folder, sync
 from sfl.adapters.frozen_rows import Frozen, counts, joined, parted
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
+from sfl.disk import make_folder, replace_file, sync
 from sfl.errors import AdapterError
 
 TENSORS = "adapter_model.safetensors"
@@ -108,14 +108,9 @@ def remove(folder: Path) -> None:
 
 def add_file(folder: Path, name: str, content: bytes) -> None:
     """Put one more file into an adapter's folder, whole or not at all. Raises `AdapterWriteError` when it cannot be written."""
-    unfinished = _unfinished_name(folder / name)
     try:
-        unfinished.write_bytes(content)
-        sync(unfinished)
-        unfinished.rename(folder / name)
-        sync(folder)
+        replace_file(folder / name, content)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise AdapterWriteError(f"cannot write {folder / name}: {error}") from error
 
 

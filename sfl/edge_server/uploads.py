@@ -12,7 +12,6 @@ from sfl.telemetry import log
 from sfl.v1 import federation_pb2
 from sfl.wire.federation import FederationClient
 
-
 _THREADS = 32  # of their own: one is busy for as long as a half is tried, and nothing else may wait for that
 
 

@@ -304,7 +304,7 @@ class Roster:
         return member
 
     def serves(self, device: str, edge: str) -> bool | None:
-        """Whether `device` has a session with the edge server `edge`, or had its last one there; None while it has not said with which."""
+        """Whether `device` has a session with the edge server `edge`, or had the one before there; None where it has not said."""
         entry = self._entries.get(device)
         return edge in entry.edges if entry is not None and entry.edges else None
 

@@ -17,7 +17,6 @@ from sfl.fed_server.members import Role
 from sfl.fed_server.seen import Seen
 from sfl.telemetry import log
 
-
 _MOST_WAITING = 16  # halves that a device, or an edge server for it, has here without the other one
 _MOST_WHOLE = 256  # submissions of one device that no version has yet
 
@@ -199,8 +198,8 @@ class Pool:
         missing = "edge server" if half.half == "device" else "device"
         if waiting >= _MOST_WAITING:
             raise BusyError(
-                f"{waiting} {half.half} halves of submissions of device '{half.device}' wait for the {missing}'s: no more are taken"
-                f" until one of these has come, or they are given up after {self._half_expires_s:g} s (half_expires_s)"
+                f"{waiting} {half.half} halves of submissions of device '{half.device}' wait for the {missing}'s: no more are"
+                f" taken until one of these has come, or they are given up after {self._half_expires_s:g} s (half_expires_s)"
             )
         whole = len(self._whole.get(half.device, ()))
         if whole >= _MOST_WHOLE:

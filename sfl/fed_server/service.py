@@ -215,7 +215,7 @@ async def _happens(event: asyncio.Event, within_s: float) -> bool:
 
 @contextlib.asynccontextmanager
 async def _refusing(context: Context) -> AsyncIterator[None]:
-    """Answer an `SflError` with its message, and a status that says whether trying again may help, as it may after an `OSError`."""
+    """Answer an `SflError` with its message, and a status that says whether trying again may help; after an `OSError` it may."""
     try:
         yield
     except OSError as error:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from sfl.errors import ListenError, RefusedError, SflError, UnreachableError
+from sfl.errors import ListenError, RefusedError, UnreachableError
 from sfl.identity.identity import Role
 from sfl.identity.node import Node
 from sfl.telemetry import log

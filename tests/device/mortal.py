@@ -192,7 +192,7 @@ class Stream:
 
     world: World
 
-    def __init__(self, stub: object, traffic: Traffic) -> None:
+    def __init__(self, stub: object, traffic: Traffic, hear: object) -> None:
         self._traffic = traffic
         self._stream = _Stream()
         self._edge = self.world.edge
