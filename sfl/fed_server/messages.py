@@ -21,7 +21,7 @@ def member_from_wire(request: pb.JoinRequest) -> Member:
     _require_name(request.edge)
     lists = (request.labels, request.columns, request.lora.target_modules)
     texts = [request.task, request.base_model, request.model_fingerprint, *(each for texts in lists for each in texts)]
-    if any(len(text) > _LONGEST for text in texts) or max(map(len, (*lists, request.label_counts))) > _MOST:
+    if any(len(text) > _LONGEST for text in texts) or max(len(request.label_counts), *(len(texts) for texts in lists)) > _MOST:
         raise WireError(
             f"'{request.name}' says too much of itself: at most {_MOST} labels, columns or modules, of {_LONGEST} characters each"
         )
