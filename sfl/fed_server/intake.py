@@ -9,9 +9,10 @@ from sfl.adapters.state import AdapterState, device_half, edge_half, require_sam
 from sfl.errors import AdapterError, BusyError, FinishedError, RefusedError, SflError, StateWriteError, UnknownMemberError
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.ledger import Ledger
-from sfl.fed_server.members import Member, Roster
+from sfl.fed_server.members import Member
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.roster import Roster
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, log

@@ -23,8 +23,9 @@ from sfl.errors import (
     UnknownMemberError,
     WireError,
 )
-from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.messages import LONGEST_ID, LONGEST_NAME, half_from_wire, member_from_wire
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.status import StatusBoard
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb

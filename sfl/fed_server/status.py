@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sfl import __version__
 from sfl.errors import WireError
 from sfl.fed_server.coordinator import Federation
-from sfl.fed_server.members import Presence
+from sfl.fed_server.roster import Presence
 from sfl.fed_server.stragglers import Pace, stragglers
 from sfl.v1 import federation_pb2 as pb
 from sfl.watching.vitals import Process

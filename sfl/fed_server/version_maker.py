@@ -13,9 +13,9 @@ from sfl.fed_server import contents, server_state
 from sfl.fed_server.aggregation import Aggregated, Aggregation
 from sfl.fed_server.contents import Contents, Entry
 from sfl.fed_server.ledger import Ledger
-from sfl.fed_server.members import Roster
 from sfl.fed_server.pool import Pool, Pooled, Submission
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.roster import Roster
 from sfl.fed_server.roster_file import RosterFile
 from sfl.fed_server.strategies import Standing
 from sfl.fed_server.updates import Update

@@ -13,8 +13,9 @@ import numpy as np
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half
-from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.members import Member, Role
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.pool import Half
 from sfl.fed_server.updates import Update
 from sfl.fed_server.versions import VersionStore

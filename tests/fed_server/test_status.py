@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from sfl.cli.main import app
 from sfl.cli.status import as_dict, shown
-from sfl.errors import RefusedError, WireError
+from sfl.errors import RefusedError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation
-from sfl.fed_server.members import UnknownMemberError
 from sfl.fed_server.status import StatusBoard
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2 as pb
