@@ -17,8 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from sfl import state_file
-from sfl.adapters.disk import sync
+from sfl import disk
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import device_half
 from sfl.device.checkpoints import CheckpointFiles
@@ -68,13 +67,14 @@ def main() -> None:
 
 def measure(where: str, folder: Path, write: Callable[[], object]) -> None:
     whole, synced = list[float](), list[float]()
+    sync = disk.sync
 
     def timed(path: Path) -> None:
         started = time.perf_counter()
         sync(path)
         synced[-1] += time.perf_counter() - started
 
-    with patch.object(state_file, "sync", timed):
+    with patch.object(disk, "sync", timed):
         for _ in range(TIMES):
             synced.append(0.0)
             started = time.perf_counter()

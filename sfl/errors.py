@@ -236,6 +236,12 @@ class LimitError(RefusedError):
     number = 609
 
 
+class BusyError(LimitError):
+    """A node has as much of a server as it may have at a time: when some of that is done, it may have more."""
+
+    number = 610
+
+
 class UnreachableError(SflError):
     """A peer did not answer within the time set for it."""
 

@@ -15,8 +15,9 @@ from sfl.adapters.state import AdapterState, byte_size
 from sfl.device.link_meter import LinkMeter
 from sfl.edge_server.engine import EdgeEngine
 from sfl.errors import WireError
-from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.messages import half_from_wire
+from sfl.fed_server.placement import Placement
 from sfl.simulated_time import Clock, DeviceSpeed, Post
 from sfl.v1 import federation_pb2, split_pb2
 from sfl.v1.federation_pb2 import AdapterMessage, UpdateHeader

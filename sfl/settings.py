@@ -49,9 +49,14 @@ def _check_address_or_none(address: str) -> str:
     return address and _check_address(address)
 
 
+_LONGEST_NAME = 100  # bytes, as in certificates
+
+
 def _check_name(name: str) -> str:
     if not name.strip() or any(character in "/\\" or not character.isprintable() for character in name):
         raise ValueError("a name is not empty and holds no slash, backslash or control character")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"a name has at most {_LONGEST_NAME} bytes")
     return name
 
 

@@ -30,8 +30,9 @@ from sfl.device.trainer import DeviceTrainer
 from sfl.edge_server.engine import EdgeEngine
 from sfl.edge_server.load import load_half
 from sfl.errors import SettingsError, SflError
-from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.messages import member_from_wire
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.versions import VersionStore
 from sfl.local_links import LocalEdge, LocalEdgeServer, LocalFederation, Tamper
 from sfl.model.cut import DeviceHalf, EdgeHalf

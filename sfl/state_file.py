@@ -1,13 +1,11 @@
 """What a daemon needs to go on after any end: tensors and a JSON document in one file, whole or not there.
 
-The file is a safetensors file, the document in its metadata, followed by the SHA-256 of all bytes before it. It is written
-beside its place, synced, and takes the place of the earlier one in one move, which is synced too: after a power cut there is
-the earlier file or the later one.
+The file is a safetensors file, the document in its metadata, followed by the SHA-256 of all bytes before it. After a power cut
+there is the earlier file or the later one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,13 +17,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from sfl.adapters.disk import sync
+from sfl.disk import replace_file
 from sfl.errors import StateError, StateWriteError
 
 Tensors = dict[str, npt.NDArray[Any]]
 Document = dict[str, Any]
 
-UNFINISHED = ".tmp"  # ends the name of a file that is being written; one that is found was left by a process that died
 _DOCUMENT = "sfl"  # its key in the metadata
 _SUM_BYTES = hashlib.sha256().digest_size
 
@@ -38,17 +35,9 @@ def write_state(path: Path, document: Mapping[str, Any], tensors: Mapping[str, n
     """
     whole = {name: np.ascontiguousarray(value) if value.ndim else value for name, value in tensors.items()}
     data = save(whole, metadata={_DOCUMENT: json.dumps(document)})
-    beside = path.with_name(f".{path.name}{UNFINISHED}")
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.write(hashlib.sha256(data).digest())
-        sync(beside)
-        beside.replace(path)
-        sync(path.parent)
+        replace_file(path, data, hashlib.sha256(data).digest())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise StateWriteError(
             f"cannot write {path}: {error.strerror or error}; what it held before is untouched: make room there"
         ) from error

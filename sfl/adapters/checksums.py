@@ -17,7 +17,10 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raise `AdapterError` for a file of `folder` that is not as it was written. A folder without checksums passes."""
+    """Raise `AdapterError` for a file of `folder` that is not as it was written. A folder without checksums passes.
+
+    Raises `OSError` for one that cannot be read now.
+    """
     sums = folder / FILE
     if not sums.exists():
         return
@@ -29,7 +32,7 @@ def check(folder: Path) -> None:
                     f"{folder / name} is damaged, or was changed: its checksum is not the one in {FILE}; restore {folder} from a"
                     f" backup, or delete its {FILE} to take what is there"
                 )
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise AdapterError(f"{folder} is damaged: {error}; restore it from a backup, or delete its {FILE}") from error
 
 

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save_file
 
 from sfl.adapters import checksums
 from sfl.adapters.completeness import require_complete
-from sfl.adapters.disk import make_folder, sync
 from sfl.adapters.frozen_rows import Frozen, counts, joined, parted
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
+from sfl.disk import make_folder, replace_file, sync
 from sfl.errors import AdapterError
 
 TENSORS = "adapter_model.safetensors"
@@ -108,14 +108,9 @@ def remove(folder: Path) -> None:
 
 def add_file(folder: Path, name: str, content: bytes) -> None:
     """Put one more file into an adapter's folder, whole or not at all. Raises `AdapterWriteError` when it cannot be written."""
-    unfinished = _unfinished_name(folder / name)
     try:
-        unfinished.write_bytes(content)
-        sync(unfinished)
-        unfinished.rename(folder / name)
-        sync(folder)
+        replace_file(folder / name, content)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise AdapterWriteError(f"cannot write {folder / name}: {error}") from error
 
 
@@ -129,14 +124,17 @@ def sweep(parent: Path) -> None:
 def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
     """The adapter in `folder`, all tensors float32, and its layout.
 
-    Raises `AdapterError` when the folder is missing, was not written by sfl, or holds a damaged or incomplete adapter.
+    Raises `AdapterError` when the folder is missing, was not written by sfl, or holds a damaged or incomplete adapter, `OSError`
+    when it cannot be read now, as too many files are open, say.
     """
     layout, frozen = _read_about(folder)
     try:
         tensors = load_file(folder / TENSORS)
     except FileNotFoundError as error:
+        if (folder / TENSORS).exists():  # safetensors says this of any file that it cannot open
+            raise OSError(f"{folder / TENSORS} cannot be opened") from error
         raise AdapterError(f"{folder} holds no {TENSORS}: the adapter is incomplete") from error
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(f"{folder / TENSORS} is damaged: {error}") from error
     state: AdapterState = {}
     for name, value in tensors.items():
@@ -152,7 +150,7 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
 def read_layout(folder: Path) -> AdapterLayout:
     """The layout of the adapter in `folder`, without its tensors.
 
-    Raises `AdapterError` when the folder is missing or was not written by sfl.
+    Raises `AdapterError` when the folder is missing or was not written by sfl, `OSError` when it cannot be read now.
     """
     return _read_about(folder).layout
 
@@ -181,7 +179,7 @@ def _read_about(folder: Path) -> _About:
             layer, _, module = name.partition("/")
             frozen[int(layer), module] = int(count)
         return _About(AdapterLayout(lora=LoraSpec(**lora), **fields), frozen)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} is damaged: {error!r}") from error
 
 

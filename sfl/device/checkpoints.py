@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sfl.cache.lock import FileLock, try_lock
+from sfl.disk import UNFINISHED
 from sfl.errors import StateDiffersError, StateError, StateInUseError, StateWriteError
-from sfl.state_file import UNFINISHED, Document, Tensors, read_state, write_state
+from sfl.state_file import Document, Tensors, read_state, write_state
 from sfl.telemetry import log
 
 State = tuple[Document, Tensors]

@@ -18,7 +18,7 @@ from sfl.telemetry import log
 from sfl.v1 import split_pb2 as pb
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
 from sfl.v1.split_pb2_grpc import SplitTrainingStub
-from sfl.wire.channel import SILENCE_S, dial, error_from
+from sfl.wire.channel import SILENCE_S, dial, error_from, gave_up
 from sfl.wire.frames import Assembler, Traffic, frames
 from sfl.wire.split import (
     ORDINARY,
@@ -43,7 +43,8 @@ class GrpcEdgeLink:
     """Asks one thing at a time and waits for its answer.
 
     A stream that breaks is opened again under the same session and the last request repeated; the edge answers a step,
-    submission or adoption that it has already done without doing it twice. `give_up_s` bounds how long that is tried.
+    submission or adoption that it has already done without doing it twice. `give_up_s` bounds how long that is tried without a
+    word from the edge; how long that takes for an answer, with its heartbeats, does not count.
     `on_edge` hears the edge server's name whenever a stream was opened. `held` tells which checkpoints of the session this device
     has, and so can go back to. What is raised, `EdgeLink` says.
     """
@@ -66,6 +67,7 @@ class GrpcEdgeLink:
         self._begins: Standing | None = Standing()  # as the session begins, until the edge has changed something in it
         self._restored = False  # this process has a session of an earlier one, and the edge has not heard of that yet
         self._stream: _Stream | None = None
+        self._heard = 0.0  # when the edge said anything last
         self._on_edge = on_edge
         self._channel = dial(address, PEER, wait_s, node, "edge")
         self._stub = SplitTrainingStub(self._channel)
@@ -145,8 +147,9 @@ class GrpcEdgeLink:
 
     def _ask(self, message: DeviceMessage | None, tensors: Sequence[RawTensor] = ()) -> tuple[EdgeMessage, list[RawTensor]]:
         """The answer to `message`, or to opening the session if there is none."""
-        started, pause = time.monotonic(), 0.2
+        gone, pause = 0.0, 0.2
         while True:
+            self._heard = time.monotonic()
             try:
                 if self._stream is None:
                     opened = self._open()
@@ -156,16 +159,19 @@ class GrpcEdgeLink:
                     return self._stream.exchange(_fresh(message), tensors)
             except UnreachableError as error:
                 self._end_stream()
-                gone = time.monotonic() - started
+                gone += time.monotonic() - self._heard
                 if gone + pause > self._give_up_s:
-                    raise UnreachableError(f"{error}; gave up after {gone:.0f} s") from error
+                    raise gave_up(error, gone) from error
                 log.warning("%s; opening the session again in %.1f s", error, pause)
             time.sleep(pause)
-            pause = min(pause * 2, 5.0)
+            gone, pause = gone + pause, min(pause * 2, 5.0)
+
+    def _hear(self) -> None:
+        self._heard = time.monotonic()
 
     def _open(self) -> EdgeMessage:
         """Open a stream. Raises `WentBack` or `SessionLostError` when the edge knows less than this device has done."""
-        self._stream = _Stream(self._stub, self.traffic)
+        self._stream = _Stream(self._stub, self.traffic, self._hear)
         standing = self._begins or Standing(resume=True, restored=self._restored, checkpoints=self._held())
         reply, _ = self._stream.exchange(DeviceMessage(open=open_to_wire(self._request, standing)), ())
         self._require(reply, "opened")
@@ -197,10 +203,14 @@ def _fresh(message: DeviceMessage) -> DeviceMessage:
 
 
 class _Stream:
-    """One gRPC stream: frames out through a queue, frames in through a reader thread, so that every wait has an end."""
+    """One gRPC stream: frames out through a queue, frames in through a reader thread, so that every wait has an end.
 
-    def __init__(self, stub: SplitTrainingStub, traffic: Traffic) -> None:
+    `hear` is called at each frame that has come.
+    """
+
+    def __init__(self, stub: SplitTrainingStub, traffic: Traffic, hear: Callable[[], object]) -> None:
         self._traffic = traffic
+        self._hear = hear
         self._assembler: Assembler[EdgeMessage] = Assembler(traffic)
         self._outgoing: queue.SimpleQueue[DeviceMessage | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[EdgeMessage | grpc.RpcError | None] = queue.SimpleQueue()
@@ -220,6 +230,7 @@ class _Stream:
                 raise UnreachableError(f"{PEER} ended the stream")
             if isinstance(frame_in, grpc.RpcError):
                 raise error_from(frame_in, PEER)
+            self._hear()
             if frame_in.WhichOneof("body") == "heartbeat":
                 continue
             whole = self._assembler.feed(frame_in)

@@ -18,7 +18,7 @@ from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.uploads import HalfUploads, TakenHalf
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker
-from sfl.errors import LimitError, SflError, StateWriteError, WireError
+from sfl.errors import BusyError, LimitError, MachineError, SflError, StateWriteError, WireError
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import split_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -134,11 +134,16 @@ class SplitService(SplitTrainingServicer):
                     assembler.max_bytes, assembler.limit = round(self._limits.request_mb * 1e6), "limits.request_mb"
                 for reply in frames(*answer.result(), self.traffic):
                     yield reply
-        except StateWriteError as error:  # the device asks again, and by then there may be room
+        except OSError as error:  # too many open files, say: the device asks again, and by then there may be fewer
+            log.error("%s", error)
+            await refuse(context, grpc.StatusCode.UNAVAILABLE, MachineError(f"the edge server's machine refused: {error}"))
+        except StateWriteError as error:  # the same, as there may be room by then
             log.error("%s", error)
             await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
         except WireError as error:
             await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        except BusyError as error:  # the same, as others may have gone by then
+            await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
         except LimitError as error:
             await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error)
         except SflError as error:
@@ -209,10 +214,10 @@ class SplitService(SplitTrainingServicer):
         return await self._compute(request, begin)
 
     def _require_room(self, request: SessionRequest) -> None:
-        """Raise `LimitError` when this edge server has as many sessions as it may."""
+        """Raise `BusyError` when this edge server has as many sessions as it may."""
         devices = self._engine.devices()
         if request.device not in devices and len(devices) >= self._limits.sessions:
-            raise LimitError(
+            raise BusyError(
                 f"{self._name or 'the edge server'} has sessions with {len(devices)} devices, as many as limits.sessions allows:"
                 f" raise it there, or connect {request.device} to another edge server"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sfl.adapters.state import AdapterState
@@ -10,6 +11,8 @@ from sfl.errors import RefusedError, SflError, UnreachableError
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2
 from sfl.wire.federation import FederationClient
+
+_THREADS = 32  # of their own: one is busy for as long as a half is tried, and nothing else may wait for that
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class HalfUploads:
 
     def __init__(self, federation: FederationClient) -> None:
         self._federation = federation
+        self._threads = ThreadPoolExecutor(_THREADS, "uploads")
         self._unsent: dict[tuple[str, str], TakenHalf] = {}  # by device and submission
         self._of_session: dict[str, dict[str, asyncio.Task[SflError | None]]] = {}  # by the same, also those that are done
         self._running: dict[tuple[str, str], asyncio.Task[SflError | None]] = {}
@@ -91,7 +95,7 @@ class HalfUploads:
             submission=half.submission, device=half.device, half=federation_pb2.EDGE, version=half.version
         )
         try:
-            await asyncio.to_thread(self._federation.submit, header, half.progress)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._federation.submit, header, half.progress)
         except UnreachableError as error:
             log.error("the edge's half of %s's submission %s waits: %s", half.device, half.submission, error)
             return error

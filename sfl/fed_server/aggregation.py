@@ -92,7 +92,8 @@ class Aggregation:
         """The next version from `state`, the newest. The same, to the bit, in whatever order the updates are given.
 
         `population` are the training examples of all devices that take part. What cannot be used is in `rejected`; when that
-        is all, the state stays as it is. Raises `AdapterError` when the result would not be finite.
+        is all, the state stays as it is. Raises `AdapterError` when the result would not be finite, `OSError` when updates cannot
+        be read now; nothing has happened then.
         """
         usable, unusable = list(updates), dict[str, str]()
         with threadpool_limits(1, "blas"):  # matrices are small: a second thread only waits, on busy cores for many times as long

@@ -45,7 +45,7 @@ class Contents:
 def load(adapters: Path, version: int) -> Contents | None:
     """What `version` in the folder `adapters` holds; None for one that an earlier release of sfl wrote, or that is not there.
 
-    Raises `StateError` for a damaged file.
+    Raises `StateError` for a damaged file, `OSError` for one that cannot be read now.
     """
     path = adapters / f"v{version}" / FILE
     try:
@@ -54,7 +54,7 @@ def load(adapters: Path, version: int) -> Contents | None:
         return Contents(submissions=entries, **document)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(
             f"{path} is damaged ({error!r}): restore it from a backup, or delete it, after which the submissions in that version"
             " may be counted again"

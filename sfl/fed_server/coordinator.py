@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from sfl.adapters.layout import AdapterLayout
 from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half
 from sfl.errors import (
     AdapterError,
     FinishedError,
     RefusedError,
-    SettingsError,
     SflError,
     StateDiffersError,
     UnknownMemberError,
@@ -21,31 +18,24 @@ from sfl.errors import (
 from sfl.fed_server import server_state
 from sfl.fed_server.advice import advice
 from sfl.fed_server.aggregation import Aggregation
-from sfl.fed_server.agreement import Agreement, agree, check_labels
+from sfl.fed_server.agreement import Agreement
 from sfl.fed_server.contents import Contents
 from sfl.fed_server.intake import Intake
 from sfl.fed_server.ledger import Ledger
-from sfl.fed_server.logit_adjustment import logit_offsets
-from sfl.fed_server.members import Member, Presence, Roster
+from sfl.fed_server.members import Member
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
-from sfl.fed_server.recovery import settle_accounts, take_stock
+from sfl.fed_server.recovery import settle_accounts, take_stock, tell_resumed
+from sfl.fed_server.roster import Presence, Roster
 from sfl.fed_server.roster_file import RosterFile
 from sfl.fed_server.strategies import make_strategy
+from sfl.fed_server.terms import Terms
 from sfl.fed_server.version_maker import VersionMaker
-from sfl.fed_server.versions import Version, VersionStore
+from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import federation_pb2 as pb
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an adapter sits in the uncut model: path of the block list, paths of the head, number of blocks."""
-
-    blocks: str
-    head: tuple[str, ...]
-    num_layers: int
 
 
 class Federation:
@@ -72,11 +62,6 @@ class Federation:
         out: Path | None = None,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
-        self.agreement: Agreement | None = None
-        self.failure: SflError | None = None  # why no agreement will ever be reached
-        self._offsets: dict[str, tuple[float, ...]] = {}  # of the logits, by device
-        if len(settings.labels) == 1:
-            raise SettingsError(f"`labels` must be two or more different names, not only '{settings.labels[0]}'")
         self._settings = settings
         self._store = store
         self._metrics = metrics
@@ -88,15 +73,6 @@ class Federation:
         self._strategy = self._aggregation.strategy
         for line in advice(settings, self._aggregation):
             log.warning("%s", line)
-        self._ledger = Ledger(out)
-        stock = take_stock(self._ledger, store)
-        self.id, self._proposer = stock.federation, stock.proposer
-        pool = None if out is None else out / "pool"
-        version = -1 if newest is None else newest.number
-        settled = sorted({*stock.settled(), *self._ledger.past.settled})
-        self._pool = Pool(pool, settings.half_expires_s, clock, self._ledger.accepted, settled, version)
-        settle_accounts(self._ledger, stock, self._pool)
-        self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
         self._roster = Roster(
             settings.devices,
             settings.away_after_s,
@@ -106,6 +82,19 @@ class Federation:
             folder=str(store.folder),
             shared_edge_adapter=self._strategy.shared_edge_adapter,
         )
+        self._terms = Terms(settings, self._roster, self._aggregation)
+        if newest is not None:
+            self._terms.resume(newest.layout, store.folder)
+            log.info("resuming from version %d in %s; choose another `out` to start anew", newest.number, store.folder)
+        self._ledger = Ledger(out)
+        stock = take_stock(self._ledger, store)
+        self.id, self._proposer = stock.federation, stock.proposer
+        pool = None if out is None else out / "pool"
+        version = -1 if newest is None else newest.number
+        settled = sorted({*stock.settled(), *self._ledger.past.settled})
+        self._pool = Pool(pool, settings.half_expires_s, clock, self._ledger.accepted, settled, version)
+        settle_accounts(self._ledger, stock, self._pool)
+        self._reach = Reach(settings.strategy.overdue, clock) if settings.strategy.reach else None
         self._intake = Intake(settings, self._aggregation, self._pool, self._roster, self._reach, store, metrics, self._ledger)
         self._roster_file = RosterFile(out, self._roster, self._reach, None if newest is None else newest.number)
         self._maker = VersionMaker(
@@ -122,40 +111,25 @@ class Federation:
             self.id,
         )
         self.finished = self._ended = self._roster_file.finished  # an earlier server's run: the first device begins another one
-        if newest is not None:
-            self._resume(newest)
-        self._tell_resumed()
-        self._gather()
-
-    def _resume(self, newest: Version) -> None:
-        folder, labels, layout = self._store.folder, self._settings.labels, newest.layout
-        if labels and labels != layout.labels:
-            raise SettingsError(
-                f"the settings name the labels {', '.join(labels)}, but {folder} holds versions for"
-                f" {', '.join(layout.labels) or 'none'}: choose another folder with `adapters`"
-            )
-        log.info("resuming from version %d in %s; choose another `out` to start anew", newest.number, folder)
-        self.agreement = Agreement(layout.labels, layout.columns, layout.max_length)
-
-    def _tell_resumed(self) -> None:
-        """Say what an earlier server has left, if that is more than versions."""
-        pooled, halves, members = sum(self._pool.counts().values()), len(self._pool.halves()), self._roster_file.restored
-        if not (pooled or halves or members):
-            return
-        log.info(
-            "going on where an earlier server ended: %d members, %d submissions and %d halves in the pool",
-            members,
-            pooled,
-            halves,
-        )
-        self._metrics.write("resume", version=self.version, members=members, pooled=pooled, halves=halves)
-        self._agree()
+        if tell_resumed(self._pool, self._roster_file.restored, self.version, metrics):
+            self._terms.agree()
+        self._terms.gather()
 
     def close(self) -> None:
         """Write what there was no room for, if there is now, and let another server have `out`."""
         if self._roster_file.behind:
             self._roster_file.keep(self.finished)
         self._ledger.close()
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """What all devices have in common, None before they have agreed."""
+        return self._terms.agreement
+
+    @property
+    def failure(self) -> SflError | None:
+        """Why no agreement will ever be reached."""
+        return self._terms.failure
 
     @property
     def version(self) -> int | None:
@@ -199,15 +173,10 @@ class Federation:
         return self._aggregation.epsilons()
 
     def policy(self, name: str) -> pb.UploadPolicy:
-        """When the member `name` uploads, and how it trains; paced by what it has of the data of all once they have joined, and
-        until then as the settings say, so that it does not matter who comes first."""
-        own, gathered = self._roster.get(name).examples, self._roster.gathered()
-        if not gathered or not own:
-            return self._aggregation.policy()
-        examples = sum(device.examples for device in gathered)
-        return self._aggregation.policy(own * len(gathered) / examples, self._offsets.get(name, ()))
+        """When the member `name` uploads, and how it trains. Raises `UnknownMemberError`."""
+        return self._terms.policy(name)
 
-    # Joining and agreeing
+    # Joining
 
     def check(self, member: Member) -> None:
         """Raise `RefusedError` naming what does not fit, with both values, where `join` would; changes nothing."""
@@ -216,8 +185,7 @@ class Federation:
         if self.finished and not self._ended and member.role == "device":
             raise FinishedError(f"{member.describe()} cannot join: the federation has finished; start its server again")
         self._roster.check(member, anew=self._ended)
-        if member.role == "device" and member.task == "classification":
-            check_labels(member, self.agreement.labels if self.agreement is not None else self._settings.labels)
+        self._terms.check(member)
 
     def join(self, member: Member) -> None:
         """Take `member` in, or back. Raises as `check` does."""
@@ -233,8 +201,8 @@ class Federation:
         if not known:
             log.info("%s has joined (%d of %d devices are here)", member.describe(), self.joined, self._settings.devices)
             self._metrics.write("join", name=member.name, role=member.role)
-        self._agree()
-        self._gather()
+        self._terms.agree()
+        self._terms.gather()
         self._roster_file.keep(self.finished)
         self.on_change()
 
@@ -243,27 +211,6 @@ class Federation:
         self.finished = self._ended = False
         self._roster.forget_devices()
         log.info("the earlier run had finished: another one begins with version %s", self.version)
-
-    def _gather(self) -> None:
-        """Note who takes part, by which each device's policy goes once all have joined."""
-        self._roster.gather()
-        strength = self._settings.strategy.logit_adjustment
-        if strength and self.agreement is not None:
-            known = [device for device in self._roster.gathered() if device.label_counts]
-            counts = {device.name: dict(zip(device.labels, device.label_counts)) for device in known}
-            self._offsets = logit_offsets(counts, self.agreement.labels, strength)
-
-    def _agree(self) -> None:
-        if self.agreement is not None:
-            return
-        try:
-            self.agreement = agree(self._roster.devices(), self._settings.devices, self._settings.labels)
-        except RefusedError as error:
-            self.failure = error
-            log.error("%s", error)
-        if self.agreement is not None:
-            labels = self.agreement.labels
-            log.info("agreed on %d labels: %s", len(labels), ", ".join(labels) or "none")
 
     # Versions
 
@@ -281,20 +228,8 @@ class Federation:
             return edge == self._proposer
         if self.agreement is None:
             raise RefusedError(f"{member.describe()} proposed version 0 before the devices had agreed on their labels")
-        layout = AdapterLayout(
-            base_model=member.base_model,
-            model_fingerprint=member.model_fingerprint,
-            task=member.task,
-            lora=member.lora,
-            blocks=placement.blocks,
-            head=placement.head,
-            num_layers=placement.num_layers,
-            labels=self.agreement.labels,
-            columns=self.agreement.columns,
-            max_length=self.agreement.max_length,
-        )
         held = Contents(self.id, edge=edge)
-        self._store.publish(0, state, layout, held.files())
+        self._store.publish(0, state, placement.layout(member, self.agreement), held.files())
         self._proposer = edge
         self._ledger.published(0, held)
         log.info("version 0 comes from %s: %d tensors, %.1f MB", member.describe(), len(state), byte_size(state) / 1e6)
@@ -421,7 +356,7 @@ class Federation:
         if self.finished:
             return
         if self._roster.gather():  # the others are not expected any more
-            self._gather()
+            self._terms.gather()
             self._roster_file.keep(self.finished)
             self.on_change()
         if self._roster.all_done() and self.version is not None:
@@ -435,7 +370,7 @@ class Federation:
         for member in forgotten:
             log.info("%s has gone and is forgotten", member.describe())
         if forgotten:
-            self.failure = None  # it came from the data of all who were there
+            self._terms.failure = None  # it came from the data of all who were there
             self._roster_file.keep(self.finished)
             self.on_change()
 

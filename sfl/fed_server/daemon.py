@@ -57,7 +57,7 @@ async def _serve(settings: FedSettings, node: Node | None, watch: Watch) -> None
     log.info("federation server %s listens on %s", settings.name, address)
     try:
         while not told.is_set():
-            federation.tick()
+            _tick(federation)
             await _wait(told, _TICK_S)
     finally:
         await health.stopping()
@@ -76,6 +76,14 @@ async def _serve(settings: FedSettings, node: Node | None, watch: Watch) -> None
             peak_rss_mb=round(peak_rss_mb(), 1),
         )
         log.info("federation server %s has stopped", settings.name)
+
+
+def _tick(federation: Federation) -> None:
+    """What the machine refuses now, it may not refuse at the next tick."""
+    try:
+        federation.tick()
+    except OSError as error:
+        log.error("%s; it is tried again every second", error)
 
 
 def _show(watch: Watch, federation: Federation, board: StatusBoard) -> None:

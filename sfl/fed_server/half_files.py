@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sfl.adapters.disk import make_folder, sync
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, Array
+from sfl.disk import UNFINISHED, make_folder, replacing
 from sfl.errors import AdapterError
 
 SUFFIX = ".safetensors"
@@ -51,7 +51,8 @@ class HalfFile:
         """Its tensors, or those of them that `keys` names.
 
         They are mapped, for reading only: what is not looked at is not read, and the file may be deleted while they are in use.
-        Raises `AdapterError` when the file is missing or damaged.
+        Raises `AdapterError` when the file is missing or damaged, `OSError` when it cannot be read now, as too many files are
+        open, say: that says nothing of what it holds.
         """
         try:
             with self.path.open("rb") as file:
@@ -65,18 +66,18 @@ class HalfFile:
                 for key, place in places.items()
                 if keys is None or key in keys
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
             raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
 
     def about(self) -> dict[str, str]:
-        """What it says of itself, once the whole file was found to be as it was written. Raises `AdapterError` if it is not."""
+        """What it says of itself, once the whole file was found to be as it was written. Raises as `read` does."""
         tensors = {str(key): value for key, value in self.read().items()}
         try:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
                 about: dict[str, str] = json.loads(file.read(length))["__metadata__"]
             told = about.pop(_SUM)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
         if told != _checksum(about, tensors):
             raise AdapterError(f"half an update in {self.path} is damaged: its checksum is not that of what it holds")
@@ -108,22 +109,16 @@ def write(path: Path, state: Mapping[AdapterKey, Array], about: Mapping[str, Any
 
     Raises `AdapterWriteError`, and leaves nothing behind, when it cannot be written, because the disk is full, say.
     """
-    unfinished = path.with_name(f".{path.name}")
     tensors = {str(key): np.ascontiguousarray(value, dtype=np.float32) for key, value in state.items()}
     metadata = {name: str(value) for name, value in about.items()}
     if lasting:
         metadata[_SUM] = _checksum(metadata, tensors)
     try:
-        save_file(tensors, unfinished, metadata=metadata)
-        if lasting:
-            sync(unfinished)
-        unfinished.rename(path)
-        if lasting:
-            sync(path.parent)
+        with replacing(path, lasting) as unfinished:
+            save_file(tensors, unfinished, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        for leftover in (unfinished, path):
-            with contextlib.suppress(OSError):
-                leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may have its name already, and not last
+            path.unlink(missing_ok=True)
         raise AdapterWriteError(f"cannot keep half an update in {path.parent}: {error}") from error
     return HalfFile(path)
 
@@ -146,7 +141,7 @@ def found(folder: Path) -> list[tuple[int, HalfFile]]:
         make_folder(folder)
         halves = []
         for path in folder.iterdir():
-            if path.name.startswith(".") and _NAME.fullmatch(path.name[1:]):
+            if path.name.startswith(".") and _NAME.fullmatch(path.name[1:].removesuffix(UNFINISHED)):
                 path.unlink()
             elif match := _NAME.fullmatch(path.name):
                 halves.append((int(match[1]), HalfFile(path)))

@@ -6,12 +6,13 @@ import numpy as np
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterState, device_half, edge_half, require_same_keys
-from sfl.errors import AdapterError, FinishedError, RefusedError, SflError, StateWriteError, UnknownMemberError
+from sfl.errors import AdapterError, BusyError, FinishedError, RefusedError, SflError, StateWriteError, UnknownMemberError
 from sfl.fed_server.aggregation import Aggregation
 from sfl.fed_server.ledger import Ledger
-from sfl.fed_server.members import Member, Roster
+from sfl.fed_server.members import Member
 from sfl.fed_server.pool import Half, Pool
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.roster import Roster
 from sfl.fed_server.versions import Version, VersionStore
 from sfl.settings import FedSettings
 from sfl.telemetry import MetricsWriter, log
@@ -49,12 +50,12 @@ class Intake:
 
         Raises `RefusedError` for a device or version that is unknown and for halves that do not belong together,
         `AdapterError` when the tensors are not exactly that half of an update at the device's cut and rank, or hold values that
-        are not finite or beyond `GREATEST`, and `AdapterWriteError` or `StateWriteError` when they cannot be kept; trying again
-        may help then.
+        are not finite or beyond `GREATEST`, and `AdapterWriteError`, `StateWriteError` or `BusyError` when they cannot be kept;
+        trying again may help then.
         """
         try:
             return self._take(half, state, finished)
-        except (UnknownMemberError, AdapterWriteError, StateWriteError):  # the sender does what helps, and tries again
+        except (UnknownMemberError, BusyError, AdapterWriteError, StateWriteError):  # the sender does what helps, and tries again
             raise
         except SflError as error:
             self.refuse(half.device, half.submission, str(error))

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfl.adapters.disk import make_folder, sync
+from sfl.disk import make_folder, sync
 from sfl.errors import StateError, StateInUseError, StateWriteError
 from sfl.fed_server import half_files
 from sfl.fed_server.contents import Contents, Entry, load

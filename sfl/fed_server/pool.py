@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, require_same_keys
-from sfl.errors import AdapterError, RefusedError
+from sfl.errors import AdapterError, BusyError, RefusedError
 from sfl.fed_server import half_files
 from sfl.fed_server.half_files import HalfFile
 from sfl.fed_server.members import Role
 from sfl.fed_server.seen import Seen
 from sfl.telemetry import log
+
+_MOST_WAITING = 16  # halves that a device, or an edge server for it, has here without the other one
+_MOST_WHOLE = 256  # submissions of one device that no version has yet
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Submission:
     files: tuple[HalfFile, ...]
 
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
-        """The tensors named by `keys`, or all. Raises `AdapterError` when a file cannot be read."""
+        """The tensors named by `keys`, or all. Raises as `HalfFile.read` does."""
         return {key: value for file in self.files for key, value in file.read(keys).items()}
 
 
@@ -62,7 +66,7 @@ class Pooled:
         return self.submissions[0]
 
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
-        """Their sum, of the tensors named by `keys` or all. Raises `AdapterError` when a file cannot be read."""
+        """Their sum, of the tensors named by `keys` or all. Raises as `HalfFile.read` does."""
         result = self.first.read(keys)
         for submission in self.submissions[1:]:
             more = submission.read(keys)
@@ -89,7 +93,7 @@ class Pool:
     Each half is a file in `folder`, `NUMBER-HALF.safetensors`, numbered in the order of arrival; its metadata are the fields of
     `Half`, with the rank and the cut that the device had. A pool takes up what an earlier one left there, in the same order.
     None of them can stem from a version after `newest`. Without a folder it is a temporary one. Raises `AdapterWriteError` for a
-    folder that cannot be used.
+    folder that cannot be used, `OSError` for a half in it that cannot be read now.
     """
 
     def __init__(
@@ -128,12 +132,18 @@ class Pool:
             except AdapterError as error:
                 aside = file.path.with_name(f"{file.path.name}.damaged")
                 log.error("%s; the file is kept as %s, and not counted", error, aside.name)
-                file.path.replace(aside)
+                self._set_aside(file, aside)
                 continue
             if self.knows(half):  # it is in a version, or there twice: the server was killed before it deleted the file
                 _delete(file)
             else:
                 self._take(half, file, rank, cut)
+
+    def _set_aside(self, file: HalfFile, aside: Path) -> None:
+        try:
+            file.path.replace(aside)
+        except OSError as error:
+            raise AdapterWriteError(f"updates cannot be kept in {self._folder}: {error}") from error
 
     def knows(self, half: Half) -> bool:
         """Whether this half has arrived before."""
@@ -159,12 +169,14 @@ class Pool:
     def add(self, half: Half, state: AdapterState, rank: int, cut: int) -> bool:
         """Take a half that is new and was checked; True when it makes a whole submission with the one that was there.
 
-        Raises `RefusedError` when the two stem from different versions, `AdapterWriteError` when it cannot be kept, and what
-        `accept` raises; nothing has happened then.
+        Raises `RefusedError` when the two stem from different versions, `BusyError` while as much of the device waits here as may
+        of one, `AdapterWriteError` when it cannot be kept, and what `accept` raises; nothing has happened then.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
-        if other is not None and other.header.version != half.version:
+        if other is None:
+            self._require_room(half)
+        elif other.header.version != half.version:
             raise RefusedError(
                 f"the {half.half}'s half of submission {half.submission} of device '{half.device}' stems from version"
                 f" {half.version}, the other half from {other.header.version}"
@@ -179,6 +191,21 @@ class Pool:
                 raise
         self._arrived += 1
         return self._take(half, file, rank, cut)
+
+    def _require_room(self, half: Half) -> None:
+        """What completes a submission is never held up by this, so halves that wait become fewer."""
+        waiting = sum(key[0] == half.device and pending.header.half == half.half for key, pending in self._pending.items())
+        missing = "edge server" if half.half == "device" else "device"
+        if waiting >= _MOST_WAITING:
+            raise BusyError(
+                f"{waiting} {half.half} halves of submissions of device '{half.device}' wait for the {missing}'s: no more are"
+                f" taken until one of these has come, or they are given up after {self._half_expires_s:g} s (half_expires_s)"
+            )
+        whole = len(self._whole.get(half.device, ()))
+        if whole >= _MOST_WHOLE:
+            raise BusyError(
+                f"{whole} submissions of device '{half.device}' wait for the next version: no more are taken until that is made"
+            )
 
     def _take(self, half: Half, file: HalfFile, rank: int, cut: int) -> bool:
         key = (half.device, half.submission)

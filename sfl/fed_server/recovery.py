@@ -12,7 +12,7 @@ from sfl.fed_server.contents import Contents
 from sfl.fed_server.ledger import Key, Ledger, Past
 from sfl.fed_server.pool import Pool
 from sfl.fed_server.versions import VersionStore
-from sfl.telemetry import log
+from sfl.telemetry import MetricsWriter, log
 
 
 class Stock(NamedTuple):
@@ -77,3 +77,14 @@ def settle_accounts(ledger: Ledger, stock: Stock, pool: Pool) -> None:
     for lost in sorted(past.accepted - past.dropped - past.removed - pooled - set(stock.settled()) - pool.halves()):
         log.error("submission %s of device '%s' was accepted, and its files are gone or damaged", lost[1], lost[0])
         ledger.dropped(lost, "its files are gone or damaged")
+
+
+def tell_resumed(pool: Pool, members: int, version: int | None, metrics: MetricsWriter) -> bool:
+    """Say what an earlier server has left, if that is more than versions; whether it is."""
+    pooled, halves = len(pool.whole()), len(pool.halves())
+    if not (pooled or halves or members):
+        return False
+    message = "going on where an earlier server ended: %d members, %d submissions and %d halves in the pool"
+    log.info(message, members, pooled, halves)
+    metrics.write("resume", version=version, members=members, pooled=pooled, halves=halves)
+    return True

@@ -9,8 +9,9 @@ from typing import Any
 
 from sfl.adapters.layout import LoraSpec
 from sfl.errors import StateError, StateWriteError
-from sfl.fed_server.members import Attendance, Member, Roster
+from sfl.fed_server.members import Member
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.roster import Attendance, Roster
 from sfl.state_file import read_state, write_state
 from sfl.telemetry import log
 

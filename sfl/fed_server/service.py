@@ -13,9 +13,19 @@ import grpc.aio
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.connection_settings import LimitSettings
-from sfl.errors import AdapterError, LimitError, SflError, StateWriteError, UnknownMemberError, WireError
-from sfl.fed_server.coordinator import Federation, Placement
-from sfl.fed_server.messages import half_from_wire, member_from_wire
+from sfl.errors import (
+    AdapterError,
+    BusyError,
+    LimitError,
+    MachineError,
+    SflError,
+    StateWriteError,
+    UnknownMemberError,
+    WireError,
+)
+from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.messages import LONGEST_ID, LONGEST_NAME, half_from_wire, member_from_wire
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.status import StatusBoard
 from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
@@ -144,7 +154,7 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                 header = message.update
                 half, state = half_from_wire(header), from_tensors(tensors)
             except WireError as error:
-                self._federation.refuse(header.device or None, header.submission or None, str(error))
+                self._federation.refuse(header.device[:LONGEST_NAME] or None, header.submission[:LONGEST_ID] or None, str(error))
                 raise
             self._federation.submit(half, state)
         return pb.SubmitReply(whole=self._federation.has_whole(half))
@@ -206,13 +216,19 @@ async def _happens(event: asyncio.Event, within_s: float) -> bool:
 
 @contextlib.asynccontextmanager
 async def _refusing(context: Context) -> AsyncIterator[None]:
-    """Answer an `SflError` with its message, and a status that says whether trying again may help."""
+    """Answer an `SflError` with its message, and a status that says whether trying again may help; after an `OSError` it may."""
     try:
         yield
+    except OSError as error:
+        log.error("%s", error)
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, MachineError(f"the federation server's machine refused: {error}"))
     except UnknownMemberError as error:  # clients join again and try again: see FederationClient
         await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except (AdapterWriteError, StateWriteError) as error:  # a full disk, say: clients try again
         log.error("%s", error)
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
+    except BusyError as error:
+        log.warning("refused for now: %s", error)
         await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
     except LimitError as error:
         log.warning("refused: %s", error)

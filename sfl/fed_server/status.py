@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sfl import __version__
 from sfl.errors import WireError
 from sfl.fed_server.coordinator import Federation
-from sfl.fed_server.members import Presence
+from sfl.fed_server.roster import Presence
 from sfl.fed_server.stragglers import Pace, stragglers
 from sfl.v1 import federation_pb2 as pb
 from sfl.watching.vitals import Process
@@ -158,11 +158,14 @@ class StatusBoard:
         return f"training; the pool has updates of {', '.join(sorted(pooled))}, none yet of {', '.join(missing)}"
 
     def _sessions(self) -> dict[str, tuple[str, pb.SessionReport]]:
-        """The edge server that last reported a session of a device, and what it said, by device."""
+        """The edge server that last reported a session of a device, and what it said, by device; of devices that say which edge
+        server they have, only that one is believed."""
+        edges = {each.member.name: each.member.edge for each in self._federation.presences()}
         return {
             session.device: (name, session)
             for name, reported in sorted(self._reports.items(), key=lambda item: item[1].at)
             for session in reported.report.sessions
+            if edges.get(session.device) in ("", name)
         }
 
     def _member(self, presence: Presence, edge: str, submissions: int, slow: str) -> pb.MemberStatus:
@@ -190,6 +193,8 @@ def _check(request: pb.ReportRequest) -> None:
     """Raise `WireError` for figures and words that are none."""
     if any(len(text) > _LONGEST or not text.isprintable() for text in (request.activity, request.sfl)):
         raise WireError(f"a report of {request.name} says in odd words, or too many, what it does")
+    if any(len(session.device) > _LONGEST for session in request.sessions):
+        raise WireError(f"a report of {request.name} names a device that nobody is")
     if len(request.sessions) > _MOST_SESSIONS:
         raise WireError(f"a report of {request.name} names {len(request.sessions)} sessions")
     figures = [getattr(request, name) for name in _FIGURES]

@@ -36,7 +36,8 @@ class Update:
         """delta theta_k, the sum of its submissions, float32; of the tensors named by `keys` alone, those that it has.
 
         Nobody may change the arrays: they are the pool's own, mapped from its files. Parts that are not trained are absent:
-        frozen factors, and A under FFA. Raises `UpdateError` when the pool's files cannot be read.
+        frozen factors, and A under FFA. Raises `UpdateError` when the pool's files are missing or damaged, `OSError` when they
+        cannot be read now.
         """
         try:
             return self.read(keys)

@@ -13,9 +13,9 @@ from sfl.fed_server import contents, server_state
 from sfl.fed_server.aggregation import Aggregated, Aggregation
 from sfl.fed_server.contents import Contents, Entry
 from sfl.fed_server.ledger import Ledger
-from sfl.fed_server.members import Roster
 from sfl.fed_server.pool import Pool, Pooled, Submission
 from sfl.fed_server.reach import Reach
+from sfl.fed_server.roster import Roster
 from sfl.fed_server.roster_file import RosterFile
 from sfl.fed_server.strategies import Standing
 from sfl.fed_server.updates import Update
@@ -65,7 +65,7 @@ class VersionMaker:
         self._refuse = refuse
         self._told_too_few = False
         self._told_no_quorum = False  # of this pool
-        self._told_unwritten = False  # that a version could not be written
+        self._told_later = False  # that a version could not be made
 
     def view(self, version: int, rank: int) -> AdapterState:
         """A version as a device of `rank` gets it. Raises `AdapterError` for a version or a rank that is not there."""
@@ -125,7 +125,8 @@ class VersionMaker:
     def make(self) -> bool:
         """Make a version of the pool. When no update could be used, one is published if the strategy has devices wait for it.
 
-        False when it cannot be written, because the disk is full, say; the pool stays then, for the next time.
+        False when it cannot be made now, because the disk is full or too many files are open, say; the pool stays then, for the
+        next time.
         """
         newest = self._store.newest()
         if newest is None:
@@ -137,6 +138,8 @@ class VersionMaker:
         try:
             population = self._roster.examples({update.device for update in updates})
             done = self._aggregation.aggregate(newest.state, updates, population)
+        except OSError as error:  # says nothing of the updates, which are on disk
+            return self._later(error)
         except AdapterError as error:  # would come again at every tick
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
@@ -152,12 +155,9 @@ class VersionMaker:
             extras = server_state.files(done, self._settings.strategy.name)
             held = self._contents(taken, done)
             self._store.publish(newest.number + 1, done.state, newest.layout, {**extras, **held.files()})
-        except AdapterWriteError as error:
-            if not self._told_unwritten:
-                log.error("%s; it is tried again every second", error)
-            self._told_unwritten = True
-            return False
-        self._told_unwritten = False
+        except (AdapterWriteError, OSError) as error:
+            return self._later(error)
+        self._told_later = False
         self._ledger.published(newest.number + 1, held)
         self._pool.remove(taken)
         self._aggregation.keep(done)
@@ -167,6 +167,13 @@ class VersionMaker:
         self._remove_superseded()
         return True
 
+    def _later(self, error: Exception) -> bool:
+        """Say once that no version can be made, and why."""
+        if not self._told_later:
+            log.error("no version can be made of the pool: %s; it is tried again every second", error)
+        self._told_later = True
+        return False
+
     def _remove_superseded(self) -> None:
         """Delete the versions that are not to be kept and that nobody needs any more."""
         needed = self._roster.in_training() | self._pool.versions()
@@ -175,7 +182,7 @@ class VersionMaker:
                 server_state.hand_over(self._store, number)
                 self._ledger.removed(number, contents.load(self._store.folder, number))
                 self._store.remove(number)
-        except (AdapterWriteError, StateError) as error:  # tried again with the next version
+        except (AdapterWriteError, StateError, OSError) as error:  # tried again with the next version
             log.warning("%s", error)
 
     def _updates(self, taken: list[Pooled], newest: int) -> list[Update]:

@@ -25,7 +25,7 @@ class VersionStore:
     """Keeps version N in `folder`/vN, in PEFT's format; resumes from the newest one when there already is any.
     What a killed server left unfinished there is deleted.
 
-    Raises `AdapterError` when that one is damaged.
+    Raises `AdapterError` when that one is damaged. Every method that reads raises `OSError` for files that cannot be read now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,17 +81,12 @@ class VersionStore:
             peft_format.remove(self._path(number))
 
     def extra(self, number: int, name: str) -> bytes | None:
-        """What `publish` wrote to the file `name` beside a version; None when there is no such file.
-
-        Raises `AdapterError` when it cannot be read.
-        """
+        """What `publish` wrote to the file `name` beside a version; None when there is no such file."""
         path = self._path(number) / name
         try:
             return path.read_bytes()
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from error
 
     def add_extra(self, number: int, name: str, content: bytes) -> None:
         """Write one more file beside a version. Raises `AdapterWriteError` when it cannot be written."""

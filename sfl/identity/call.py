@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from sfl.connection_settings import LimitSettings
-from sfl.errors import LimitError, RightsError, SflError, UnreachableError, WireError
+from sfl.errors import BusyError, LimitError, RightsError, SflError, UnreachableError, WireError
 from sfl.identity.peer import Peer
 from sfl.identity.rights import Serves, refusal
 from sfl.wire.limits import Allowance, Inflow, is_chunk
@@ -19,6 +19,7 @@ _MALFORMED = object()  # stands for a message that cannot be read
 _CODES: dict[type[SflError], grpc.StatusCode] = {
     RightsError: grpc.StatusCode.PERMISSION_DENIED,
     LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    BusyError: grpc.StatusCode.UNAVAILABLE,
     WireError: grpc.StatusCode.INVALID_ARGUMENT,
     UnreachableError: grpc.StatusCode.UNAVAILABLE,
 }

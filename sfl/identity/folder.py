@@ -8,7 +8,6 @@ The certificates themselves are the book of what was issued, and the revocation 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from sfl.disk import replace_file, sync
 from sfl.errors import SettingsError
 from sfl.identity.authority import AUTHORITY_DAYS, NODE_DAYS, Authority, is_ip, pem_of
 from sfl.identity.identity import SERVERS, Identity, called
@@ -186,15 +186,8 @@ class CertificateFolder:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace a file, atomically, by one that its owner alone can read."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    """Replace a file by one that its owner alone can read."""
+    replace_file(path, content, mode=0o600)
 
 
 def _private_folder(path: Path) -> Path:
@@ -202,6 +195,7 @@ def _private_folder(path: Path) -> Path:
     if not path.is_dir():
         _private_folder(path.parent)
         path.mkdir(mode=0o700)
+        sync(path.parent)
     return path
 
 

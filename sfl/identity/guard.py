@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from sfl.connection_settings import LimitSettings
-from sfl.errors import LimitError, OwnCertificateError, RightsError, WireError
+from sfl.errors import BusyError, OwnCertificateError, RightsError, WireError
 from sfl.identity.call import CallEndedError, GuardedCall, lenient
 from sfl.identity.peer import Peer, peer_of
 from sfl.identity.revoked import Revocations
@@ -100,7 +100,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # which only
             raise ended
         try:
             allowance.begin_call()
-        except LimitError as error:
+        except BusyError as error:
             raise CallEndedError(error) from error
         self._calls.add(call)
         self._look_later()

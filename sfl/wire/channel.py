@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from sfl.errors import ListenError, RefusedError, SflError, UnreachableError
+from sfl.errors import ListenError, RefusedError, UnreachableError
 from sfl.identity.identity import Role
 from sfl.identity.node import Node
 from sfl.telemetry import log
@@ -157,14 +157,24 @@ def _bind_error(host: str, port: int) -> str | None:
         return f"{error.strerror or error}"
 
 
-def error_from(error: grpc.RpcError, peer: str) -> SflError:
-    """What a failed call means: `RefusedError` with the peer's reason, or `UnreachableError` when trying again may help."""
+def error_from(error: grpc.RpcError, peer: str) -> RefusedError | UnreachableError:
+    """What a failed call means: `RefusedError` with the peer's reason, or `UnreachableError` when trying again may help; with the
+    number that the peer gave."""
     code, details = error.code(), error.details()
+    failure: RefusedError | UnreachableError
     if code in _REFUSALS:
-        refused = RefusedError(f"{peer} refused: {details}")
-        refused.number = number_of(error) or RefusedError.number
-        return refused
-    return UnreachableError(f"{peer} is out of reach ({code.name}: {details})")
+        failure = RefusedError(f"{peer} refused: {details}")
+    else:
+        failure = UnreachableError(f"{peer} is out of reach ({code.name}: {details})")
+    failure.number = number_of(error) or failure.number
+    return failure
+
+
+def gave_up(failure: UnreachableError, gone_s: float) -> UnreachableError:
+    """`failure` once more, as nothing else came for `gone_s` seconds."""
+    last = UnreachableError(f"{failure}; gave up after {gone_s:.0f} s")
+    last.number = failure.number
+    return last
 
 
 def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callable[[float], object] = time.sleep) -> Result:
@@ -172,9 +182,10 @@ def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callab
 
     `sleep` makes the pauses, for those who may have to end one early.
     For calls that the peer answers alike however often they come. Raises `RefusedError` at once when the peer says no,
-    `UnreachableError` when it stays away for `give_up_s` seconds.
+    `UnreachableError` when it stays away for `give_up_s` seconds from the first failure on: a call that takes long is none.
     """
-    started, pause = time.monotonic(), 0.2
+    failed: float | None = None  # when the first try did
+    pause = 0.2
     while True:
         try:
             return call()
@@ -182,9 +193,10 @@ def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callab
             failure = error_from(error, peer)
             if isinstance(failure, RefusedError):
                 raise failure from error
-            gone = time.monotonic() - started
+            failed = time.monotonic() if failed is None else failed
+            gone = time.monotonic() - failed
             if gone + pause > give_up_s:
-                raise UnreachableError(f"{failure}; gave up after {gone:.0f} s") from error
+                raise gave_up(failure, gone) from error
             log.warning("%s; trying again in %.1f s", failure, pause)
         sleep(pause * random.uniform(0.8, 1.2))
         pause = min(pause * 2, 5.0)

@@ -16,7 +16,7 @@ from sfl.telemetry import log
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.wire.adapters import from_tensors, to_tensors
-from sfl.wire.channel import SILENCE_S, dial, error_from, retry, until_silent
+from sfl.wire.channel import SILENCE_S, dial, error_from, gave_up, retry, until_silent
 from sfl.wire.frames import Assembler, Traffic, frames
 from sfl.wire.refusals import number_of
 
@@ -331,7 +331,7 @@ class FederationClient:
             gone = time.monotonic() - heard
             late = gone > self._give_up_s and not stays
             if late and isinstance(failure, UnreachableError):
-                failure = UnreachableError(f"{failure}; gave up after {gone:.0f} s")
+                failure = gave_up(failure, gone)
             if late or not isinstance(failure, UnreachableError):
                 log.error("the watch has ended: %s", failure)
                 self._fail(failure)

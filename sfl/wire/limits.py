@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from sfl.connection_settings import LimitSettings
-from sfl.errors import LimitError
+from sfl.errors import BusyError, LimitError
 
 
 class Allowance:
@@ -20,9 +20,9 @@ class Allowance:
         self._waiting: list[asyncio.Future[None]] = []
 
     def begin_call(self) -> None:
-        """Raises `LimitError` when the node has as many calls open as it may."""
+        """Raises `BusyError` when the node has as many calls open as it may."""
         if self.calls >= self._limits.streams:
-            raise LimitError(
+            raise BusyError(
                 f"{self._who} has {self.calls} calls open, as many as limits.streams allows: close some, or raise it there"
             )
         self.calls += 1
@@ -31,7 +31,8 @@ class Allowance:
         self.calls -= 1
 
     async def take(self, size: int) -> None:
-        """Wait until `size` more bytes are allowed. Raises `LimitError` for more than there can be, or when it takes too long."""
+        """Wait until `size` more bytes are allowed. Raises `LimitError` for more than there can be, `BusyError` when it takes too
+        long."""
         most = round(self._limits.in_flight_mb * 1e6)
         if size > most:
             raise LimitError(f"{self._who} announces a request of {size} bytes, above limits.in_flight_mb ({most} bytes)")
@@ -43,7 +44,7 @@ class Allowance:
             await asyncio.wait({turn}, timeout=deadline - loop.time())
             if not turn.done():
                 self._waiting.remove(turn)
-                raise LimitError(
+                raise BusyError(
                     f"{self._who} has {self._bytes} bytes in unfinished requests: {size} more are above limits.in_flight_mb"
                     f" ({most} bytes), and for {self._limits.stalled_s:g} s none were finished"
                 )

@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from sfl.adapters import disk, peft_format
+from sfl import disk
+from sfl.adapters import peft_format
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState
 from sfl.errors import AdapterError

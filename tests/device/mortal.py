@@ -29,9 +29,10 @@ from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker, arrival
 from sfl.errors import SflError, UnreachableError
-from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.members import Member
 from sfl.fed_server.messages import half_from_wire
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.versions import VersionStore, version_numbers
 from sfl.model.cut import DeviceHalf
 from sfl.model.local_adapter import LocalAdapter, values_in
@@ -192,7 +193,7 @@ class Stream:
 
     world: World
 
-    def __init__(self, stub: object, traffic: Traffic) -> None:
+    def __init__(self, stub: object, traffic: Traffic, hear: object) -> None:
         self._traffic = traffic
         self._stream = _Stream()
         self._edge = self.world.edge

@@ -14,6 +14,7 @@ import pytest
 
 from sfl.adapters.state import edge_half
 from sfl.device.edge_link import GrpcEdgeLink
+from sfl.edge_server import service
 from sfl.errors import SessionLostError, UnreachableError
 from tests.edge_server.made import Halves, Network, ServedEdge, eventually, network, served
 
@@ -83,6 +84,20 @@ def test_an_edge_that_stops_serving_and_comes_back_within_the_session(edge: Serv
             losses.append(step(edge, link, number))
         link.close()
     assert losses == expected
+
+
+def test_the_time_that_an_answer_takes_is_no_time_without_an_edge(
+    edge: ServedEdge, net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.05)
+    edge.federation.open.clear()
+    with linked(edge, net.address, give_up_s=0.5) as link:
+        step(edge, link, 1)
+        link.submit("s/1", 0)
+        threading.Timer(0.7, net.cut).start()
+        threading.Timer(1.0, edge.federation.open.set).start()
+        link.close()
+    assert len(edge.federation.submitted) == 1 and net.connections == 2
 
 
 def test_a_lost_answer_is_asked_for_again_without_training_twice(

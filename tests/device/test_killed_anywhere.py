@@ -50,7 +50,7 @@ def test_a_death_between_any_two_messages_changes_nothing(
     tmp_path: Path, halves: Halves, strategy: str, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each event one kind of death, in turn, or all kinds."""
-    monkeypatch.setattr("sfl.state_file.sync", lambda path: None)  # the machine does not die with them
+    monkeypatch.setattr("sfl.disk.sync", lambda path: None)  # the machine does not die with them
     told: dict[str, Any] = {"losses_of": losses_of, "offsets": OFFSETS[strategy]}
     expected = live_through(tmp_path / "undisturbed", halves, STRATEGIES[strategy], monkeypatch, **told)
     assert expected.lives == 1
@@ -75,7 +75,7 @@ def test_a_device_moves_on_where_an_edge_has_lost_its_disk(
     tmp_path: Path, halves: Halves, strategy: str, dies: str, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is counted twice, all steps are done, and both halves stem from one version at each of them."""
-    monkeypatch.setattr("sfl.state_file.sync", lambda path: None)
+    monkeypatch.setattr("sfl.disk.sync", lambda path: None)
     expected = live_through(tmp_path / "undisturbed", halves, STRATEGIES[strategy], monkeypatch, losses_of=losses_of)
     steps = [at for at, event in enumerate(expected.events) if event == "edge step"]
     for at in range(steps[2] + 1, len(expected.events), 1 if every else 4):  # before that there may be nothing to lose

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable
 from typing import cast
 
 import pytest
 
 from sfl.adapters.state import AdapterState
+from sfl.edge_server.uploads import HalfUploads, TakenHalf
 from sfl.edge_server.versions import EdgeVersions
 from sfl.errors import RefusedError, UnreachableError
 from sfl.wire.federation import FederationClient
@@ -39,6 +41,23 @@ def test_those_who_ask_share_one_fetch_of_the_edges_layers() -> None:
         await versions.get(0)  # older than the two that are kept
         assert same(await versions.get(2), await versions.get(2))
         assert federation.fetches == [1, 2, 0]
+
+    asyncio.run(work())
+
+
+def test_a_fetch_waits_for_no_half_that_cannot_be_sent() -> None:
+    async def work() -> None:
+        federation, versions = made()
+        federation.open.clear()
+        uploads = HalfUploads(cast(FederationClient, federation))
+        for number in range((os.cpu_count() or 1) + 4):  # threads that asyncio has for all else
+            uploads.start(TakenHalf(f"device-{number}", "s/1", 0, {}))
+        await asyncio.sleep(0)
+        try:
+            await ask(versions.get(1))
+        finally:
+            federation.open.set()
+        await uploads.finish("device-0")
 
     asyncio.run(work())
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from sfl.adapters.layout import LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half
-from sfl.fed_server.coordinator import Federation, Placement
+from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.members import Member, Role
+from sfl.fed_server.placement import Placement
 from sfl.fed_server.pool import Half
 from sfl.fed_server.updates import Update
 from sfl.fed_server.versions import VersionStore
@@ -120,6 +121,17 @@ def no_file_above(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Opening a file fails, as when the process has as many open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def same(left: AdapterState, right: AdapterState) -> bool:

@@ -18,7 +18,7 @@ import pytest
 
 from sfl.adapters.state import device_half, edge_half
 from sfl.errors import RefusedError, SflError, StateDiffersError, StateWriteError, UnreachableError, WaitedError
-from sfl.fed_server import ledger
+from sfl.fed_server import daemon, ledger
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.versions import VersionStore
 from sfl.settings import FedSettings
@@ -28,7 +28,7 @@ from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.wire.adapters import to_tensors
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Traffic, frames
-from tests.fed_server.made import adapter
+from tests.fed_server.made import adapter, federation, no_more_files
 from tests.fed_server.test_service import PROPOSAL, join_request, serving, until, update
 
 ROOT = Path(__file__).parents[2]
@@ -243,3 +243,15 @@ def test_a_server_that_is_told_to_stop_finishes_what_is_under_way(tmp_path: Path
             process.kill()
     assert process.returncode == 0 and "Traceback" not in errors, errors
     assert ledger.check(tmp_path) == ledger.Balance(accepted=1, counted=1)
+
+
+def test_a_tick_that_the_machine_refuses_does_not_end_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fed = federation(tmp_path, 1)
+
+    def starved() -> None:
+        with no_more_files():
+            (tmp_path / "any").touch()
+
+    fed.tick = starved  # type: ignore[method-assign]
+    daemon._tick(fed)
+    assert "Too many open files" in caplog.text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from safetensors import safe_open
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total
-from sfl.errors import AdapterError
+from sfl.errors import AdapterError, BusyError
 from sfl.fed_server import half_files
+from sfl.fed_server import pool as pool_module
+from sfl.fed_server.half_files import HalfFile
 from sfl.fed_server.pool import Pool
 from sfl.telemetry import peak_since_restart_mb, restart_peak
-from tests.fed_server.made import Clock, adapter, half, no_file_above, same
+from tests.fed_server.made import Clock, adapter, half, no_file_above, no_more_files, same
 
 
 def made(folder: Path | None = None) -> Pool:
@@ -150,6 +153,53 @@ def test_a_damaged_half_is_set_aside_and_told(tmp_path: Path, content: bytes | N
     assert again.counts() == {} and again.halves() == {("a", "1")} and not again.knows(half("device", "a"))
     assert "00000002-device.safetensors.damaged, and not counted" in caplog.text
     assert {each.name for each in tmp_path.iterdir()} == {"00000001-edge.safetensors", f"{path.name}.damaged"}
+
+
+def test_a_half_that_cannot_be_read_at_the_start_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(made(tmp_path), "a", adapter(1))
+    read = HalfFile.read
+
+    def starved(self: HalfFile) -> Any:
+        with no_more_files():
+            return read(self)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(HalfFile, "read", starved)
+        made(tmp_path)
+    assert made(tmp_path).counts() == {"a": 1}
+
+
+def test_a_device_fills_no_disk_with_halves_or_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_MOST_WAITING", 2)
+    monkeypatch.setattr(pool_module, "_MOST_WHOLE", 3)
+    pool = made(tmp_path)
+
+    def device_halves(*submissions: str) -> None:
+        for submission in submissions:
+            pool.add(half("device", "a", submission), device_half(adapter(1), 1), 2, 1)
+
+    def edge_halves(*submissions: str) -> None:
+        for submission in submissions:
+            pool.add(half("edge", "a", submission), edge_half(adapter(1), 1), 2, 1)
+
+    device_halves("1", "2")
+    with pytest.raises(BusyError, match=r"2 device halves of .* of device 'a' wait for the edge server's.*half_expires_s"):
+        device_halves("3")
+    assert len(list(tmp_path.iterdir())) == 2 and not pool.knows(half("device", "a", "3"))
+    edge_halves("3", "4")  # whoever sends for the device has as many of its own
+    with pytest.raises(BusyError, match=r"2 edge halves .* wait for the device's"):
+        edge_halves("5")
+    add(pool, "b", adapter(1))
+    edge_halves("1")
+    device_halves("3")
+    edge_halves("2")
+    with pytest.raises(BusyError, match=r"3 submissions of device 'a' wait for the next version"):
+        device_halves("5")
+    device_halves("4")  # what completes a submission is always taken
+    pool.remove(pool.take(mix_versions=True))
+    device_halves("5")
 
 
 def test_an_update_that_cannot_be_accepted_is_as_if_its_last_half_had_not_come(tmp_path: Path) -> None:

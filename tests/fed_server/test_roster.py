@@ -282,6 +282,20 @@ def test_a_finished_run_stays_so_until_a_device_begins_another_at_a_server_that_
     assert again.finished and ledger.check(tmp_path) == ledger.Balance(accepted=2, counted=2)
 
 
+def test_an_edge_server_that_a_device_has_left_long_ago_serves_it_no_more(tmp_path: Path) -> None:
+    clock = Clock()
+    fed = begun(tmp_path, clock, device("a"))
+    for number in range(20):
+        fed.join(device("a", edge=f"edge-{number}"))
+    fed.join(device("a"))  # before it has opened its next session
+    for each in (fed, server(tmp_path, clock)):
+        assert [each.serves("a", f"edge-{number}") for number in (0, 17, 18, 19)] == [False, False, True, True]
+    assert (tmp_path / roster_file.FILE).stat().st_size < 3000
+    fed.join(device("a", edge="edge-18"))
+    fed.join(device("a", edge="edge-3"))
+    assert [fed.serves("a", f"edge-{number}") for number in (3, 18, 19)] == [True, True, False]
+
+
 # Files
 
 

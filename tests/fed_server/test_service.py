@@ -22,8 +22,9 @@ import pytest
 from sfl.adapters import peft_format
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total, trained_part
-from sfl.errors import RefusedError
+from sfl.errors import RefusedError, WireError
 from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.pool import Half
 from sfl.fed_server.service import FederationService
 from sfl.telemetry import MetricsWriter
@@ -205,7 +206,40 @@ def test_a_device_that_asks_for_the_newest_version_gets_it_and_for_a_removed_one
         assert a.fetch_newest(1)[0] == 3
 
 
-def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+MANY = ["x"] * 1001
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "n" * 101}, {"name": "\x1b[2J"}, {"edge": "e" * 101}, {"base_model": "b" * 1001}, {"labels": MANY}]
+    + [{field: MANY} for field in ("columns", "label_counts")],
+)
+def test_who_says_too_much_of_itself_does_not_join(tmp_path: Path, changes: dict[str, Any]) -> None:
+    request = join_request("a")
+    for field, value in changes.items():
+        if isinstance(value, list):
+            request.ClearField(field)
+            getattr(request, field).extend(value if field != "label_counts" else range(len(value)))
+        else:
+            setattr(request, field, value)
+    with pytest.raises(WireError):
+        member_from_wire(request)
+    member_from_wire(join_request("n" * 100, labels=["l" * 1000] * 1000))
+
+
+@pytest.mark.parametrize("changes", [{"submission": "s" * 201}, {"submission": "s\n1"}, {"device": "d" * 101}])
+def test_an_id_that_nobody_has_is_refused(changes: dict[str, str]) -> None:
+    header = update("a", pb.DEVICE)
+    header.MergeFrom(pb.UpdateHeader(**changes))
+    with pytest.raises(WireError):
+        half_from_wire(header)
+    half_from_wire(update("d" * 100, pb.DEVICE, submission="d" * 100 + "-01234567/123456789"))
+
+
+@pytest.mark.parametrize("error", [AdapterWriteError("no space left"), OSError(24, "Too many open files")])
+def test_what_the_machine_refuses_makes_the_sender_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     fed = federation(tmp_path, 1)
     tries: list[int] = []
     take = fed.submit
@@ -213,7 +247,7 @@ def test_a_full_disk_makes_the_sender_try_again(tmp_path: Path, monkeypatch: pyt
     def submit(*arguments: Any) -> None:
         tries.append(1)
         if len(tries) == 1:
-            raise AdapterWriteError("no space left")
+            raise error
         take(*arguments)
 
     monkeypatch.setattr(fed, "submit", submit)

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from sfl.cli.main import app
 from sfl.cli.status import as_dict, shown
-from sfl.errors import RefusedError, WireError
+from sfl.errors import RefusedError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation
-from sfl.fed_server.members import UnknownMemberError
 from sfl.fed_server.status import StatusBoard
 from sfl.telemetry import MetricsWriter
 from sfl.v1 import federation_pb2 as pb
@@ -149,6 +148,7 @@ def test_the_link_is_what_came_with_uploads(tmp_path: Path) -> None:
         {"activity": "\x1b[2J"},
         {"sessions": [pb.SessionReport(device="b", compute_s=float("inf"))]},
         {"sessions": [pb.SessionReport(device="b")] * 10_001},
+        {"sessions": [pb.SessionReport(device="b" * 201)]},
     ],
 )
 def test_figures_that_are_none_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
@@ -166,6 +166,20 @@ def test_strangers_report_nothing_and_devices_no_sessions(tmp_path: Path) -> Non
         made.report(report("stranger"))
     made.report(report("a", sessions=[pb.SessionReport(device="b", compute_s=99.0, queue_s=0.0)]))
     assert by_name(made.status())["b"].edge == ""
+
+
+def test_an_edge_server_is_not_blamed_by_another_ones_report(tmp_path: Path) -> None:
+    fed, made, clock = board(tmp_path)
+    fed.join(edge("other"))
+    fed.join(device("a", edge="edge"))
+    for name, queue_s in (("edge", 0.0), ("other", 99.0)):
+        clock.now += 1
+        sessions = [pb.SessionReport(device=each, step=7, compute_s=0.1, queue_s=queue_s) for each in ("a", "nobody")]
+        made.report(pb.ReportRequest(name=name, sessions=sessions))
+    assert by_name(made.status())["a"].edge == "edge"
+    fed.join(device("a", edge="other"))  # it has moved
+    assert by_name(made.status())["a"].edge == "other"
+    assert made._sessions().keys() == {"a"}
 
 
 def test_a_report_keeps_a_member_present(tmp_path: Path) -> None:

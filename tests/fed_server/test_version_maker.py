@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sfl.adapters.state import device_half, edge_half, total
+from sfl.fed_server import ledger
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import (
     PLACEMENT,
@@ -17,6 +19,7 @@ from tests.fed_server.made import (
     edge,
     federation,
     half,
+    no_more_files,
     same,
     started,
     submit,
@@ -141,6 +144,51 @@ def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(
     obstacle.rmdir()
     fed.tick()
     assert fed.version == 1 and same(fed.fetch("a", 1), total(adapter(0), adapter(1)))
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "gsfs"])
+def test_updates_that_cannot_be_read_for_a_moment_are_not_lost(
+    tmp_path: Path, strategy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [device("a"), device("b")]
+    fed = started(tmp_path / "adapters", members, strategy={"name": strategy, "quorum": 1.0}, pool=tmp_path / "pool")
+    aggregate = fed._aggregation.aggregate
+
+    def starved(*arguments: Any) -> Any:
+        with no_more_files():
+            return aggregate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fed._aggregation, "aggregate", starved)
+        submit(fed, "a", adapter(1))
+        submit(fed, "b", adapter(2))
+        fed.tick()
+        assert (fed.version, fed.refused, fed.pooled()) == (0, 0, ["a", "b"])
+    assert caplog.text.count("Too many open files") == 1
+    fed.tick()
+    assert (fed.version, fed.refused) == (1, 0)
+    assert ledger.check(tmp_path) == ledger.Balance(accepted=2, counted=2)
+
+
+def test_an_earlier_version_that_cannot_be_read_for_a_moment_costs_nobody_an_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed = started(tmp_path, [device("a"), device("b")], strategy={"quorum": 0.5}, merge="flora")
+    submit(fed, "a", adapter(1))
+    load = fed._store.load
+
+    def starved(number: int) -> Any:
+        with no_more_files():
+            return load(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fed._store, "load", starved)
+        submit(fed, "b", adapter(2))
+        assert (fed.version, fed.refused, fed.pooled()) == (1, 0, ["b"])
+        with pytest.raises(OSError, match="Too many open files"):
+            fed.fetch("b", 0)
+    fed.tick()
+    assert (fed.version, fed.refused, fed.pooled()) == (2, 0, [])
 
 
 @pytest.mark.parametrize("name", ["gsfs", "fedavg"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -126,3 +127,18 @@ def test_revoking_takes_all_of_a_nodes_certificates_and_frees_its_name(tmp_path:
     assert certificates.node("pi-1").identity.name == "pi-1"
     revoked = [issued.identity.name for issued in book.issued() if issued.state == "revoked"]
     assert revoked == ["pi-1", "pi-1", "pi-2"]
+
+
+def test_what_was_revoked_stays_so_when_the_power_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificates = Certificates(tmp_path)
+    on_disk: list[tuple[int, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        on_disk.append((os.fstat(descriptor).st_ino, path.is_dir() and not (path / ".revoked.crl.tmp").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    certificates.book.revoke("pi-1")
+    folders = [path.parent for path in tmp_path.rglob("revoked.crl")]
+    assert len(folders) == 1 + len(ROLES)
+    assert {folder.stat().st_ino for folder in folders} == {inode for inode, renamed in on_disk if renamed}

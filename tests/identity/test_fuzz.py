@@ -1,4 +1,5 @@
-"""Mutated and random messages to every call of every service: no crash, no hang, no growth, and honest sessions undisturbed."""
+"""Mutated and random messages to every call of every service, in plaintext: no crash, no hang, no growth, and honest sessions
+undisturbed."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from sfl.adapters.state import device_half
 from sfl.connection_settings import LimitSettings
@@ -20,7 +22,7 @@ from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.v1.split_pb2 import DeviceMessage
 from sfl.wire.adapters import to_tensors
 from sfl.wire.frames import Traffic, frames
-from sfl.wire.split import batch_to_wire, open_to_wire
+from sfl.wire.split import Standing, batch_to_wire, open_to_wire
 from tests.edge_server.made import Halves
 from tests.fed_server.made import LAYERS, adapter
 from tests.fed_server.test_service import join_request, update
@@ -29,6 +31,7 @@ from tests.identity.services import edge_server, federation_server, linked
 SHORT, LONG = 1_000, 100_000  # messages to each service
 # What a server may say to nonsense. UNKNOWN, an exception of a handler, and INTERNAL are not among it.
 SAID = {"OK", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "NOT_FOUND"}
+ENDLESS = ("/sfl.v1.Federation/Watch", "/grpc.health.v1.Health/Watch")  # calls that go on after their first answer
 LIMITS = LimitSettings(opening_s=5, stalled_s=5, in_flight_mb=50, request_mb=20, adapter_mb=20)
 
 
@@ -48,9 +51,11 @@ class Fuzzer:
         method = self._dice.choice(list(self._valid))
         messages = self._mutated(self._dice.choice(self._valid[method]))
         self.sent += len(messages)
+        call = self._channel.stream_stream(method)(iter(messages), timeout=15)
         try:
-            for number, _ in enumerate(self._channel.stream_stream(method)(iter(messages), timeout=15)):
-                if number == 200:  # heartbeats and files
+            for number, _ in enumerate(call):
+                if number == 200 or method in ENDLESS:  # heartbeats and files
+                    call.cancel()
                     break
             status = "OK"
         except grpc.RpcError as error:
@@ -96,14 +101,19 @@ def edge_streams(halves: Halves) -> dict[str, Sequence[Sequence[Any]]]:
         DeviceMessage(close=split_pb2.Close()),
     ]
     half = provision_pb2.Half(source="c" * 64, cut=2, precision="int8")
+    resumed = open_to_wire(halves.request("attacker"), Standing(resume=True, restored=True, checkpoints=(1, 2)))
     return {
+        **health_streams("sfl.v1.Provisioning"),
         "/sfl.v1.SplitTraining/Train": [
             [opening],
             [opening, *step(1), *step(2)],
             [opening, *evaluation],
             [opening, *step(1), *ends],
+            [DeviceMessage(open=resumed), *step(3)],
+            [opening, *step(1), DeviceMessage(pause=split_pb2.Pause(checkpoint=1))],
         ],
         "/sfl.v1.Provisioning/Describe": [[provision_pb2.DescribeRequest(device="attacker")]],
+        "/sfl.v1.Provisioning/Pack": [[provision_pb2.PackRequest(device="attacker", half=half)]],
         "/sfl.v1.Provisioning/Read": [[provision_pb2.ReadRequest(device="attacker", half=half, file="x", offset=1, length=5)]],
     }
 
@@ -114,6 +124,8 @@ def federation_streams() -> dict[str, Sequence[Sequence[Any]]]:
     half = device_half(adapter(1), 1)
     service = "/sfl.v1.Federation/"
     return {
+        **health_streams("sfl.v1.Federation"),
+        service + "Watch": [[pb.WatchRequest(name="attacker")]],
         service + "Join": [[join], [join_request("edge", pb.EDGE)]],
         service + "Check": [[join]],
         service + "Propose": [list(frames(pb.AdapterMessage(proposal=proposal), to_tensors(adapter(0)), Traffic()))],
@@ -126,6 +138,11 @@ def federation_streams() -> dict[str, Sequence[Sequence[Any]]]:
         service + "Report": [[pb.ReportRequest(name="attacker", steps=5, loss=1.0)]],
         service + "Status": [[pb.StatusRequest()]],
     }
+
+
+def health_streams(service: str) -> dict[str, Sequence[Sequence[Any]]]:
+    asked = [[health_pb2.HealthCheckRequest(service=service)]]
+    return {"/grpc.health.v1.Health/Check": asked, "/grpc.health.v1.Health/Watch": asked}
 
 
 def resident_mb() -> float:
@@ -164,7 +181,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_edge_server_bears_whatever_comes(messages: int, tmp_path: Path) -> None:
     alone = Halves()
     session = alone.engine.open(alone.request("honest"), alone.initial)
-    with edge_server(tmp_path, None, LIMITS) as (address, halves, guard):
+    with edge_server(tmp_path, None, LIMITS, kept=True) as (address, halves, guard):
         link = linked(address, halves.request("honest"))
         steps = iter(range(1, 100))
 

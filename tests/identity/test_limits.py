@@ -13,12 +13,13 @@ import pytest
 
 from sfl.adapters.state import device_half
 from sfl.connection_settings import LimitSettings
-from sfl.errors import LimitError, RefusedError
+from sfl.errors import BusyError, LimitError, RefusedError, UnreachableError
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1.federation_pb2_grpc import FederationStub
 from sfl.v1.split_pb2 import DeviceMessage
 from sfl.v1.split_pb2_grpc import SplitTrainingStub
 from sfl.wire.adapters import to_tensors
+from sfl.wire.channel import retry
 from sfl.wire.frames import Traffic, frames
 from sfl.wire.split import batch_to_wire, open_to_wire
 from tests.fed_server.made import adapter
@@ -55,7 +56,7 @@ def test_open_calls_are_counted_by_caller(tmp_path: Path) -> None:
         for watch in watches:
             next(watch)
         status, why = refused(lambda: next(stub.Watch(pb.WatchRequest(name="a"))))
-        assert status == "RESOURCE_EXHAUSTED" and "has 2 calls open, as many as limits.streams allows" in why
+        assert status == "UNAVAILABLE" and "has 2 calls open, as many as limits.streams allows" in why
         FederationStub(modest).Join(join_request("b"), timeout=5)
         assert fed.joined == 2
         watches[0].cancel()
@@ -152,22 +153,36 @@ def test_requests_that_never_end_do_not_hold_up_their_sender_for_ever(tmp_path: 
         held = [Requests(submission("a", number)[0]) for number in (1, 2)]
         calls = [FederationStub(channel).Submit.future(each, timeout=20) for each in held]
         codes = {call.exception().code().name for call in calls}
-        assert codes <= {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+        assert codes <= {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
         for each in held:
             each.close()
 
 
-def test_one_session_too_many_is_refused_by_name_and_the_others_go_on(tmp_path: Path) -> None:
+def test_one_session_too_many_waits_until_another_ends_and_the_others_go_on(tmp_path: Path) -> None:
     with edge_server(tmp_path, None, LimitSettings(sessions=1)) as (address, halves, _):
         link = linked(address, halves.request("a"))
         link.step(1, 0, halves.batch(1))
         with pytest.raises(
-            RefusedError, match=r"edge-1 has sessions with 1 devices, as many as limits.sessions allows.* b to"
+            UnreachableError, match=r"edge-1 has sessions with 1 devices, as many as limits.sessions allows.* b to.*; gave up"
         ) as no:
-            linked(address, halves.request("b"))
-        assert no.value.number == LimitError.number
+            linked(address, halves.request("b"), give_up_s=0.3)
+        assert no.value.number == BusyError.number
         assert link.step(2, 0, halves.batch(2)).step == 2
-        link.close()
+        session = halves.engine.resume(halves.request("a"))
+        assert session is not None
+        threading.Timer(0.3, halves.engine.close, [session]).start()
+        linked(address, halves.request("b")).close()
+        link.hang_up()
+
+
+def test_a_call_too_many_is_tried_again_until_there_is_room(tmp_path: Path) -> None:
+    with federation_server(tmp_path, None, LimitSettings(streams=1)) as (address, fed, _), caller(address) as channel:
+        FederationStub(channel).Join(join_request("a"), timeout=5)
+        watch = FederationStub(channel).Watch(pb.WatchRequest(name="a"))
+        next(watch)
+        threading.Timer(0.3, watch.cancel).start()
+        retry(lambda: FederationStub(channel).Leave(pb.LeaveRequest(name="a"), timeout=5), "the federation server", 5)
+        assert [each.state for each in fed.presences()] == ["left"]
 
 
 def test_a_batch_above_the_limit_costs_its_sender_the_stream(tmp_path: Path) -> None:

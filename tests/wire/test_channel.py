@@ -154,6 +154,19 @@ def test_retry_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     assert 0.1 < time.monotonic() - started < 1.5
 
 
+def test_a_call_that_takes_longer_than_give_up_s_and_then_breaks_is_tried_once_more() -> None:
+    calls: list[int] = []
+
+    def call() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(0.5)
+            raise Failure(grpc.StatusCode.UNAVAILABLE)
+        return "arrived"
+
+    assert retry(call, "the federation server", 0.4) == "arrived"
+
+
 @pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNIMPLEMENTED", "UNKNOWN"])
 def test_a_refusal_is_final(code: str) -> None:
     calls = 0
