@@ -17,7 +17,6 @@ from sfl.device.run_state import RunState
 from sfl.device.stop import Stopped, StopSignal
 from sfl.device.trainer import DeviceTrainer, WentBack
 from sfl.errors import FinishedError, RefusedError, SessionLostError, SflError
-from sfl.identity.own import node_of
 from sfl.model.local_adapter import values_in
 from sfl.model.seeds import dropout_seed
 from sfl.phases import phase
@@ -27,6 +26,7 @@ from sfl.telemetry import counted, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.watching.watch import Watch
 from sfl.wire.federation import FederationClient
+from sfl.wire.own import node_of
 
 if TYPE_CHECKING:
     from sfl.profiling.recorder import Recorder

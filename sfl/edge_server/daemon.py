@@ -25,7 +25,6 @@ from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ORDERS, ComputeWorker
 from sfl.errors import SflError, UnreachableError
 from sfl.identity.node import Node
-from sfl.identity.own import guard_of, node_of
 from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config
@@ -41,6 +40,7 @@ from sfl.watching.watch import Watch
 from sfl.wire.adapters import lora_to_wire
 from sfl.wire.channel import check_listen, serve, stop
 from sfl.wire.federation import FederationClient
+from sfl.wire.own import guard_of, node_of
 from sfl.wire.provision import Description
 
 if TYPE_CHECKING:

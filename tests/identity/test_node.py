@@ -16,9 +16,9 @@ from sfl.errors import OwnCertificateError, PlaintextError, SettingsError
 from sfl.identity import authority
 from sfl.identity.identity import Identity
 from sfl.identity.node import Node, NodeFiles
-from sfl.identity.own import node_of
 from sfl.identity.revoked import Revocations
 from sfl.settings import DeviceSettings, EdgeSettings, FedSettings
+from sfl.wire.own import node_of
 from tests.identity.made import Certificates
 
 
