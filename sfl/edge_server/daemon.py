@@ -122,7 +122,7 @@ async def _run(
                 limits=settings.limits,
             )
             service.send_kept()
-            sweeping = asyncio.create_task(service.sweep_hourly(settings.session_keep_s))
+            chores = asyncio.gather(service.sweep_hourly(settings.session_keep_s), service.send_again())
             watch.traffic("devices", service.traffic)
             gate.open(service)
             watch.says("serving no device")  # yet, or any more
@@ -134,7 +134,7 @@ async def _run(
             if service is None:
                 federation.close()  # nothing of a device is on its way to it
             else:
-                sweeping.cancel()
+                chores.cancel()
                 service.stop()
             await health.stopping()
             await provisioning.close()
