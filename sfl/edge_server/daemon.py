@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _GRACE_S = 2.0  # for open streams when the server stops
+_AGAIN_S = 1.0  # after which version 0 is proposed again
 
 
 def run(settings: EdgeSettings) -> None:
@@ -129,7 +130,7 @@ async def _run(
             await health.serving("sfl.v1.SplitTraining")
             loop = asyncio.get_running_loop()
             federation.on_new_federation = partial(loop.call_soon_threadsafe, service.begin_anew)
-            await _unless(told, _keep_version_0(federation, agreement, _proposal(settings, half), initial))
+            await _unless(told, keep_version_0(federation, agreement, _proposal(settings, half), initial))
         finally:
             if service is None:
                 federation.close()  # nothing of a device is on its way to it
@@ -185,7 +186,7 @@ def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> f
     )
 
 
-async def _keep_version_0(
+async def keep_version_0(
     federation: FederationClient,
     agreement: federation_pb2.Agreement,
     header: federation_pb2.ProposalHeader,
@@ -199,8 +200,9 @@ async def _keep_version_0(
         await asyncio.to_thread(federation.until_wanted, agreement)
         try:
             accepted = await asyncio.to_thread(federation.propose, header, initial)
-        except UnreachableError as error:  # once it is back, it says again what it wants
-            log.warning("version 0 could not be proposed: %s", error)
+        except UnreachableError as error:
+            log.warning("version 0 could not be proposed, and will be again while it is wanted: %s", error)
+            await asyncio.sleep(_AGAIN_S)
             continue
         log.info("version 0 is %s", "this edge server's" if accepted else "another edge server's")
 

@@ -30,13 +30,16 @@ class Federation:
     def submit(self, header: UpdateHeader, state: AdapterState) -> None:
         self.tries[header.submission] += 1
         one = header.submission, self.tries[header.submission]
-        assert self._end(*one).wait(10)
+        assert self._end(*one).wait(5)
         if one in self._failed:
             raise UnreachableError("it is away")
 
     async def begun(self, submission: str, number: int) -> None:
-        while self.tries[submission] < number:
+        for _ in range(500):
+            if self.tries[submission] >= number:
+                return
             await asyncio.sleep(0.01)
+        raise AssertionError(f"{submission} is not tried for time number {number}")
 
     async def ends(self, submission: str, number: int, fails: bool = False) -> None:
         await self.begun(submission, number)
