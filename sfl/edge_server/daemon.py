@@ -23,7 +23,7 @@ from sfl.edge_server.service import SplitService
 from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ORDERS, ComputeWorker
-from sfl.errors import SflError, UnreachableError
+from sfl.errors import UnreachableError
 from sfl.identity.node import Node
 from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
@@ -101,10 +101,12 @@ async def _run(
         watch.ready()
         log.info("edge server %s listens on %s", settings.name, address)
         service: SplitService | None = None
+        chores: list[asyncio.Task[None]] = []
         try:
             agreement = await _unless(told, asyncio.to_thread(federation.agreement, settings.join_wait_s))
             if agreement is None:
-                raise SflError(f"edge server {settings.name} was told to stop before all members had agreed")
+                log.info("edge server %s was told to stop before all members had agreed", settings.name)
+                return
             watch.says("loading its half of the model")
             # On the worker's thread, which is the only one that computes: see SplitService.
             loaded = worker.submit(settings.lowest_cut, partial(load_half, settings, described.lora, list(agreement.labels)))
@@ -123,7 +125,7 @@ async def _run(
                 limits=settings.limits,
             )
             service.send_kept()
-            chores = asyncio.gather(service.sweep_hourly(settings.session_keep_s), service.send_again())
+            chores += map(asyncio.create_task, (service.sweep_hourly(settings.session_keep_s), service.send_again()))
             watch.traffic("devices", service.traffic)
             gate.open(service)
             watch.says("serving no device")  # yet, or any more
@@ -135,7 +137,8 @@ async def _run(
             if service is None:
                 federation.close()  # nothing of a device is on its way to it
             else:
-                chores.cancel()
+                for chore in chores:
+                    chore.cancel()
                 service.stop()
             await health.stopping()
             await provisioning.close()

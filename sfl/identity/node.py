@@ -70,8 +70,8 @@ class Shown:
 class Node:
     """Who this process is. Its files are read again when they have changed: new connections show a renewed certificate.
 
-    Raises `OwnCertificateError` naming the file, what is wrong with it and what to do; `CertificateTimeError` where nothing is but
-    the time.
+    Raises `OwnCertificateError` naming the file, what is wrong with it and what to do; `CertificateTimeError` where that is
+    nothing but the time.
     """
 
     def __init__(self, files: NodeFiles) -> None:

@@ -1,8 +1,8 @@
 """The one place that dials and serves.
 
-Keepalive: a client pings every 30 s, also when no call is open, so that a NAT box on the way keeps the connection; one on which
-there is no call is ended by the server after a minute, and made again with the next call. The server allows pings down to 10 s apart, so that none is ever "too many". A peer that does not answer a ping in 20 s is
-gone, one that is merely slow is not.
+Keepalive: a client pings every 30 s, also when no call is open, so that a NAT box on the way keeps the connection. The server
+allows pings down to 10 s apart, so that none is ever "too many". A peer that does not answer a ping in 20 s is gone, one that
+is merely slow is not. A connection without a call is ended by the server after a minute, and made again with the next call.
 
 With a node's certificate a connection is TLS, and both ends show who they are; without one it is plaintext.
 """
@@ -33,7 +33,9 @@ from sfl.wire.tls import check_peer, client_credentials, require_plaintext, serv
 
 HEARTBEAT_S = 10.0  # between two heartbeats on a stream that has nothing else to say
 SILENCE_S = 60.0  # a stream without even a heartbeat for so long is broken
-IDLE_S = 60.0  # a connection without a call for so long is ended: it holds one of the server's places, and is made again in no time
+IDLE_S = (
+    60.0  # a connection without a call for so long is ended: it holds one of the server's places, and is made again in no time
+)
 
 _CLIENT_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),

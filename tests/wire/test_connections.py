@@ -60,9 +60,7 @@ def test_strangers_leave_a_server_files_to_open() -> None:
     assert "so it takes 144 connections at a time and not 4096 (limits.connections)" in errors
 
 
-def test_a_connection_without_a_call_is_ended_and_a_client_makes_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_without_a_call_is_ended_and_a_client_makes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "IDLE_S", 0.5)
     with federation_server(tmp_path, None) as (address, fed, _), grpc.insecure_channel(address) as honest:
         FederationStub(honest).Join(join_request("a"), timeout=5)
