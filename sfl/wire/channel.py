@@ -33,9 +33,7 @@ from sfl.wire.tls import check_peer, client_credentials, require_plaintext, serv
 
 HEARTBEAT_S = 10.0  # between two heartbeats on a stream that has nothing else to say
 SILENCE_S = 60.0  # a stream without even a heartbeat for so long is broken
-IDLE_S = (
-    60.0  # a connection without a call for so long is ended: it holds one of the server's places, and is made again in no time
-)
+IDLE_S = 60.0  # a connection without a call for so long is ended, as it holds one of the server's places
 
 _CLIENT_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
