@@ -246,6 +246,30 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.wait({task})
 
 
+def test_a_device_that_waits_sees_that_its_edge_is_another(
+    edge: ServedEdge, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with linked(edge, 1) as link:
+        step(edge, link, 1)
+        link.submit("s/1", 0, checkpoint=2)
+        link.look()
+        edge.stop()
+        eventually(lambda: link._stream is not None and link._stream.broken)
+        link.look()
+        assert "nothing is wanted of it yet" in caplog.text
+        edge.start()
+        restart(edge)
+        eventually(lambda: link.look() or edge.halves.engine.devices())  # whose session is at its checkpoint again
+        edge.stop()
+        for path in (tmp_path / "sessions").iterdir():
+            path.unlink()
+        edge.start()
+        restart(edge)
+        eventually(lambda: link._stream is not None and link._stream.broken)
+        with pytest.raises(SessionLostError):
+            eventually(lambda: link.look())
+
+
 def test_a_submission_asked_again_after_a_restart_is_the_same(edge: ServedEdge) -> None:
     with linked(edge, 1) as link:
         step(edge, link, 1)
