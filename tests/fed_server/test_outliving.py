@@ -19,7 +19,7 @@ import pytest
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import device_half, edge_half
-from sfl.edge_server import daemon
+from sfl.edge_server import daemon as edge_daemon
 from sfl.edge_server.daemon import keep_version_0
 from sfl.errors import RefusedError, SflError, StateDiffersError, StateWriteError, UnreachableError, WaitedError
 from sfl.fed_server import ledger
@@ -150,7 +150,7 @@ def test_version_0_is_proposed_until_there_is_room_for_it(
         return publish(self, *arguments)
 
     monkeypatch.setattr(VersionStore, "publish", full)
-    monkeypatch.setattr(daemon, "_AGAIN_S", 0.1)
+    monkeypatch.setattr(edge_daemon, "_AGAIN_S", 0.1)
     with server(tmp_path) as (_, address), members(address, "edge", "a", give_up_s=0.3) as (edge, a), proposing(edge) as ended:
         until(lambda: "version 0 could not be proposed" in caplog.text)
         room.set()
