@@ -34,7 +34,6 @@ from sfl.edge_server.service import SplitService
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker, arrival
 from sfl.identity.folder import CertificateFolder, Wanted
-from sfl.identity.guard import Guard
 from sfl.identity.identity import Identity
 from sfl.identity.node import Node, NodeFiles
 from sfl.identity.revoked import Revocations
@@ -45,6 +44,7 @@ from sfl.telemetry import MetricsWriter
 from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
 from sfl.wire.channel import serve
 from sfl.wire.federation import FederationClient
+from sfl.wire.guard import Guard
 from sfl.wire.split import CutBatch, OptimizerSpec, SessionRequest
 
 LIMIT = 1.05

@@ -48,14 +48,17 @@ class TlsSettings(Settings):
 
 
 class LimitSettings(Settings):
-    """What one node may take of a server; whoever asks for more is refused, and the others go on. MB are 10**6 bytes."""
+    """What one node may take of a server; whoever asks for more is refused, and the others go on. MB are 10**6 bytes.
+
+    A server needs memory for what is in flight of a node or two beside its own: less of it, lower limits.
+    """
 
     streams: int = Field(64, ge=1, description="calls that one node may have open at a time")
     in_flight_mb: float = Field(
-        2_200.0, gt=0, description="MB of unfinished requests that one node may have at a time; what comes above that waits"
+        512.0, gt=0, description="MB of unfinished requests that one node may have at a time; what comes above that waits"
     )
-    request_mb: float = Field(1_100.0, gt=0, description="at an edge server: largest batch of a device in MB")
-    adapter_mb: float = Field(2_200.0, gt=0, description="at the federation server: largest adapter that becomes version 0 in MB")
+    request_mb: float = Field(256.0, gt=0, description="at an edge server: largest batch of a device in MB")
+    adapter_mb: float = Field(512.0, gt=0, description="at the federation server: largest adapter that becomes version 0 in MB")
     sessions: int = Field(256, ge=1, description="at an edge server: devices that may have a session at a time")
     opening_s: float = Field(30.0, gt=0, description="seconds in which the first message of a call must come")
     stalled_s: float = Field(

@@ -12,10 +12,12 @@ from __future__ import annotations
 class SflError(Exception):
     """Base of all errors that `sfl` raises on purpose.
 
-    `number` is the kind's; a refusal that came over the network has that of the peer's own error.
+    `number` is the kind's; a refusal that came over the network has that of the peer's own error. A `lasting` one comes again
+    however often the same is tried, until somebody has mended something.
     """
 
     number: int = 1
+    lasting: bool = False
 
     @property
     def code(self) -> str:
@@ -38,12 +40,14 @@ class MissingPackageError(SflError):
     """A package that this command needs is not installed."""
 
     number = 3
+    lasting = True
 
 
 class SettingsError(SflError):
     """A configuration file, an environment variable or a flag is wrong."""
 
     number = 100
+    lasting = True
 
 
 class ConfigFileError(SettingsError):
@@ -86,6 +90,7 @@ class DataError(SflError):
     """A data file is missing, empty, truncated or not in the format it claims."""
 
     number = 200
+    lasting = True
 
 
 class DataFileError(DataError):
@@ -116,6 +121,7 @@ class ModelError(SflError):
     """A model cannot be loaded, cut or adapted as asked."""
 
     number = 300
+    lasting = True
 
 
 class ModelNotFoundError(ModelError):
@@ -152,6 +158,7 @@ class AdapterError(SflError):
     """An adapter's keys, shapes or values do not fit what they are to be combined with."""
 
     number = 400
+    lasting = True
 
 
 class UpdateError(AdapterError):
@@ -285,15 +292,23 @@ class IdentityError(SflError):
 
 
 class OwnCertificateError(IdentityError):
-    """This node's own certificate, key or list of revoked certificates is missing, damaged, out of date or another node's."""
+    """This node's own certificate, key or list of revoked certificates is missing, damaged or another node's."""
 
     number = 801
+    lasting = True
 
 
 class PeerIdentityError(IdentityError):
     """Who answers at an address is not who should be there, or does not accept this node's certificate."""
 
     number = 802
+
+
+class CertificateTimeError(OwnCertificateError):
+    """This node's own certificate or list of revoked ones is good, but not now: by its clock it has ended, or not begun."""
+
+    number = 805
+    lasting = False  # clocks are set, and certificates renewed, without a hand on this node
 
 
 class PlaintextError(SettingsError):

@@ -18,6 +18,7 @@ LIGHT = (
     *("telemetry.py", "errors.py", "state_file.py", "__init__.py"),
 )
 WITH_TORCH = ("wire/split.py", "wire/torch_tensors.py")
+CIRCLES = {("device", "planning"), ("device", "profiling")}  # a device plans and records itself by running parts of it
 
 
 def files(path: Path) -> list[Path]:
@@ -50,6 +51,19 @@ def test_a_daemon_imports_no_other(daemon: str) -> None:
         assert not [m for m in imports(path) if any(within(m, other) for other in others)], path
 
 
+def test_no_two_packages_import_each_other() -> None:
+    packages = sorted(path.parent.name for path in (ROOT / "sfl").glob("*/__init__.py"))
+    used = {
+        (package, other)
+        for package in packages
+        for module in set[str]().union(*map(imports, files(ROOT / "sfl" / package)))
+        for other in packages
+        if other != package and within(module, f"sfl.{other}")
+    }
+    assert ("wire", "identity") in used
+    assert {(one, other) for one, other in used if one < other and (other, one) in used} == CIRCLES
+
+
 @pytest.mark.parametrize("part", LIGHT)
 def test_what_a_federation_server_needs_names_no_torch(part: str) -> None:
     sources = [path for path in files(ROOT / "sfl" / part) if path.relative_to(ROOT / "sfl").as_posix() not in WITH_TORCH]
@@ -65,7 +79,7 @@ def test_importing_it_loads_no_torch(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["sfl.device.provision", "sfl.wire.federation", "sfl.identity.own"])
+@pytest.mark.parametrize("module", ["sfl.device.provision", "sfl.wire.federation", "sfl.wire.own"])
 def test_a_device_has_no_memory_for_a_package_that_makes_certificates(module: str) -> None:
     script = f"import sys, {module}; print('cryptography' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)

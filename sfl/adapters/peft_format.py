@@ -44,6 +44,7 @@ class AdapterWriteError(AdapterError):
     """An adapter's folder cannot be written, because the disk is full, say: trying again may help."""
 
     number = 401
+    lasting = False
 
 
 class _About(NamedTuple):

@@ -1,6 +1,7 @@
 """The command `sfl`: commands, exit codes, and errors as one line with their number instead of a traceback.
 
-Exit codes: 0 done, 1 failed while running, 2 wrong usage, settings, data, model or certificate, 130 interrupted.
+Exit codes: 0 done, 1 failed in a way that may pass, 2 wrong usage, settings, data, model or certificate: nobody need try again
+before something was mended; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,19 +24,9 @@ from sfl.cli.health import health
 from sfl.cli.plan import plan
 from sfl.cli.profile import profile
 from sfl.cli.status import status
-from sfl.errors import (
-    AdapterError,
-    DataError,
-    IdentityError,
-    MachineError,
-    MissingPackageError,
-    ModelError,
-    SettingsError,
-    SflError,
-)
+from sfl.errors import MachineError, MissingPackageError, SflError
 from sfl.telemetry import is_structured, log
 
-_INPUT_ERRORS = (SettingsError, DataError, ModelError, AdapterError, IdentityError, MissingPackageError)
 _EXTRAS = {"torch": "train", "transformers": "train", "peft": "train", "matplotlib": "demo", "bitsandbytes": "quant"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -92,7 +83,7 @@ def _fail(error: SflError) -> NoReturn:
         log.error("%s", error, extra={"fields": {"error": error.code}})
     else:
         print(f"error {error.code}: {error}", file=sys.stderr)
-    sys.exit(2 if isinstance(error, _INPUT_ERRORS) else 1)
+    sys.exit(2 if error.lasting else 1)
 
 
 if __name__ == "__main__":

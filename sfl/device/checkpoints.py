@@ -156,7 +156,7 @@ class CheckpointFiles:
 
     def clear(self) -> None:
         """Delete all: the run has come to its end, or is not to be gone on with."""
-        for number in list(self._sessions):
+        for number in sorted(self._sessions):  # the newest last: a run that went on from an earlier one would train again
             self._delete(number)
         self._newest, self.document = 0, {}
 

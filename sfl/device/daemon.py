@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,7 @@ from sfl.device.run_plan import FederationLink, FinishedFederation
 from sfl.device.run_state import RunState
 from sfl.device.stop import Stopped, StopSignal
 from sfl.device.trainer import DeviceTrainer, WentBack
-from sfl.errors import FinishedError, RefusedError, SessionLostError, SflError
-from sfl.identity.own import node_of
+from sfl.errors import FinishedError, RefusedError, SessionLostError, SflError, WaitedError
 from sfl.model.local_adapter import values_in
 from sfl.model.seeds import dropout_seed
 from sfl.phases import phase
@@ -27,9 +28,12 @@ from sfl.telemetry import counted, log, peak_rss_mb
 from sfl.v1.federation_pb2 import UploadPolicy
 from sfl.watching.watch import Watch
 from sfl.wire.federation import FederationClient
+from sfl.wire.own import node_of
 
 if TYPE_CHECKING:
     from sfl.profiling.recorder import Recorder
+
+_LOOK_S = 30.0  # between two looks at the edge while a version is waited for
 
 
 def run(settings: DeviceSettings, recorder: Recorder | None = None) -> None:
@@ -159,7 +163,7 @@ def _train(
     version_wait_s: float,
 ) -> None:
     """To the end of the run. Raises `Stopped` between two steps, with device and edge at a checkpoint if they come that far."""
-    progress = iter(training)
+    progress, waits_since = iter(training), math.inf
     while True:
         with stop.held():
             done = next(progress, None)
@@ -167,10 +171,17 @@ def _train(
                 _pause(training, link)
         if done is None:
             return
-        if done is Progress.WAITING:  # the others' round may take all of its time, and the federation a while to answer
+        if done is not Progress.WAITING:
+            waits_since = math.inf
+        else:  # the others' round may take all of its time, and the federation a while to answer
+            waits_since = min(waits_since, time.monotonic())
+            left = waits_since + version_wait_s - time.monotonic()
             try:
                 with phase("round"):
-                    federation.version(trainer.adapter.version + 1, version_wait_s)
+                    federation.version(trainer.adapter.version + 1, min(left, _LOOK_S))
+            except WaitedError as error:
+                if left <= _LOOK_S:
+                    raise WaitedError(f"{error} after {version_wait_s:g} s in all") from error
             except Stopped:
                 with stop.held():
                     _pause(training, link)

@@ -116,6 +116,16 @@ class GrpcEdgeLink:
         self._require(reply, "adopted")
         self._begins = None
 
+    def look(self) -> None:
+        if self._stream is not None and not self._stream.broken:
+            return
+        self._end_stream()
+        try:
+            self._open()
+        except UnreachableError as error:
+            log.warning("%s; nothing is wanted of it yet", error)
+            self._end_stream()
+
     def pause(self, checkpoint: int) -> None:
         """Have the edge keep its state under this number, and nothing in memory, until the session is resumed."""
         reply, _ = self._ask(DeviceMessage(pause=pb.Pause(checkpoint=checkpoint)))
@@ -214,6 +224,7 @@ class _Stream:
         self._assembler: Assembler[EdgeMessage] = Assembler(traffic)
         self._outgoing: queue.SimpleQueue[DeviceMessage | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[EdgeMessage | grpc.RpcError | None] = queue.SimpleQueue()
+        self.broken = False  # the edge, or the way to it, has ended it
         self._call = stub.Train(self._requests())
         threading.Thread(target=self._read, name="edge-stream", daemon=True).start()
 
@@ -252,3 +263,4 @@ class _Stream:
             self._incoming.put(None)
         except grpc.RpcError as error:
             self._incoming.put(error)
+        self.broken = True

@@ -20,9 +20,9 @@ from sfl.cache.manifest import Gap, Manifest
 from sfl.data.source import require_file
 from sfl.device.fit import fitted
 from sfl.errors import DamagedModelError, EdgeMismatchError, ModelChangedError, UnreachableError, WaitedError, WireError
-from sfl.identity.own import node_of
 from sfl.settings import DeviceSettings, LoraSettings
 from sfl.telemetry import MetricsWriter, log
+from sfl.wire.own import node_of
 from sfl.wire.provision import Description, ProvisioningClient
 
 Result = TypeVar("Result")

@@ -147,6 +147,7 @@ class DeviceRun:
         while self.steps < self._plan.steps:
             if self._now.waiting and not self._newer() and not self._federation.finished:
                 yield Progress.WAITING
+                self._trainer.edge.look()  # of one that has lost its disk nothing would come, however long it is waited for
                 continue
             self._stop_waiting()
             self._adopt_newest()

@@ -55,6 +55,9 @@ class EdgeLink(Protocol):
     def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
         """Switch the edge's half to a newer global version; its `checkpoint` is that afterwards."""
 
+    def look(self) -> None:
+        """Ask the edge nothing, but see that it has this session, unless it is away at the moment."""
+
 
 @dataclass(frozen=True)
 class TrainedStep:

@@ -21,13 +21,13 @@ from sfl.doctor.processor import check_processor
 from sfl.doctor.room import check_device_disks, check_disk, check_memory, check_plan
 from sfl.errors import ModelDiffersError, NotProvidedError, SflError, error_code
 from sfl.identity.node import Node
-from sfl.identity.own import node_of
 from sfl.planning.apart import ChosenCut
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings, FedSettings
 from sfl.v1 import federation_pb2
 from sfl.wire.adapters import lora_to_wire
 from sfl.wire.channel import check_listen
 from sfl.wire.federation import FederationClient
+from sfl.wire.own import node_of
 from sfl.wire.provision import Description, ProvisioningClient
 
 _RENEW_DAYS = 30.0

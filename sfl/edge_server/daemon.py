@@ -23,9 +23,8 @@ from sfl.edge_server.service import SplitService
 from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ORDERS, ComputeWorker
-from sfl.errors import SflError, UnreachableError
+from sfl.errors import UnreachableError
 from sfl.identity.node import Node
-from sfl.identity.own import guard_of, node_of
 from sfl.model.cut import EdgeHalf
 from sfl.model.fingerprint import model_fingerprint
 from sfl.model.load import load_config
@@ -41,6 +40,7 @@ from sfl.watching.watch import Watch
 from sfl.wire.adapters import lora_to_wire
 from sfl.wire.channel import check_listen, serve, stop
 from sfl.wire.federation import FederationClient
+from sfl.wire.own import guard_of, node_of
 from sfl.wire.provision import Description
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _GRACE_S = 2.0  # for open streams when the server stops
+_AGAIN_S = 1.0  # after which version 0 is proposed again
 
 
 def run(settings: EdgeSettings) -> None:
@@ -100,10 +101,12 @@ async def _run(
         watch.ready()
         log.info("edge server %s listens on %s", settings.name, address)
         service: SplitService | None = None
+        chores: list[asyncio.Task[None]] = []
         try:
             agreement = await _unless(told, asyncio.to_thread(federation.agreement, settings.join_wait_s))
             if agreement is None:
-                raise SflError(f"edge server {settings.name} was told to stop before all members had agreed")
+                log.info("edge server %s was told to stop before all members had agreed", settings.name)
+                return
             watch.says("loading its half of the model")
             # On the worker's thread, which is the only one that computes: see SplitService.
             loaded = worker.submit(settings.lowest_cut, partial(load_half, settings, described.lora, list(agreement.labels)))
@@ -122,19 +125,20 @@ async def _run(
                 limits=settings.limits,
             )
             service.send_kept()
-            sweeping = asyncio.create_task(service.sweep_hourly(settings.session_keep_s))
+            chores += map(asyncio.create_task, (service.sweep_hourly(settings.session_keep_s), service.send_again()))
             watch.traffic("devices", service.traffic)
             gate.open(service)
             watch.says("serving no device")  # yet, or any more
             await health.serving("sfl.v1.SplitTraining")
             loop = asyncio.get_running_loop()
             federation.on_new_federation = partial(loop.call_soon_threadsafe, service.begin_anew)
-            await _unless(told, _keep_version_0(federation, agreement, _proposal(settings, half), initial))
+            await _unless(told, keep_version_0(federation, agreement, _proposal(settings, half), initial))
         finally:
             if service is None:
                 federation.close()  # nothing of a device is on its way to it
             else:
-                sweeping.cancel()
+                for chore in chores:
+                    chore.cancel()
                 service.stop()
             await health.stopping()
             await provisioning.close()
@@ -185,7 +189,7 @@ def _join_request(settings: EdgeSettings, lora: LoraSpec, fingerprint: str) -> f
     )
 
 
-async def _keep_version_0(
+async def keep_version_0(
     federation: FederationClient,
     agreement: federation_pb2.Agreement,
     header: federation_pb2.ProposalHeader,
@@ -199,8 +203,9 @@ async def _keep_version_0(
         await asyncio.to_thread(federation.until_wanted, agreement)
         try:
             accepted = await asyncio.to_thread(federation.propose, header, initial)
-        except UnreachableError as error:  # once it is back, it says again what it wants
-            log.warning("version 0 could not be proposed: %s", error)
+        except UnreachableError as error:
+            log.warning("version 0 could not be proposed, and will be again while it is wanted: %s", error)
+            await asyncio.sleep(_AGAIN_S)
             continue
         log.info("version 0 is %s", "this edge server's" if accepted else "another edge server's")
 

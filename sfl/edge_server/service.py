@@ -44,6 +44,8 @@ from sfl.wire.tensors import RawTensor
 Answer = tuple[EdgeMessage, list[RawTensor]]
 Result = TypeVar("Result")
 
+_AGAIN_S = 5.0  # after which halves are tried again for which the federation server was away for too long
+
 
 class SplitService(SplitTrainingServicer):
     """Takes requests apart, has them computed, and sends the halves of submissions on to the federation server.
@@ -99,8 +101,17 @@ class SplitService(SplitTrainingServicer):
     async def sweep_hourly(self, keep_s: float) -> None:
         """Delete, now and then, the files of devices that have not been here for so long; never ends."""
         while self._files is not None:
-            await asyncio.to_thread(self._files.sweep, keep_s, self._engine.devices())
+            try:
+                await asyncio.to_thread(self._files.sweep, keep_s, self._engine.devices())
+            except OSError as error:
+                log.error("the files of sessions cannot be looked through: %s", error)
             await asyncio.sleep(min(keep_s, 3600.0))
+
+    async def send_again(self) -> None:
+        """Send halves, as soon as that is possible, that could not be sent when it was their time; never ends."""
+        while True:
+            await asyncio.sleep(_AGAIN_S)
+            self._uploads.start_unsent()
 
     async def Train(
         self, requests: AsyncIterator[DeviceMessage], context: grpc.aio.ServicerContext[DeviceMessage, EdgeMessage]

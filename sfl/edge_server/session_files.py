@@ -71,10 +71,14 @@ class SessionFiles:
         self._delete(self._path(device))
 
     def sweep(self, keep_s: float, in_use: Collection[str]) -> None:
-        """Delete what was last written more than `keep_s` seconds ago, and is of none of these devices."""
+        """Delete what was last written more than `keep_s` seconds ago, and is of none of these devices. Raises `OSError`."""
         spared = {self._path(device) for device in in_use}
         for path in self._folder.iterdir():
-            if path not in spared and time.time() - path.stat().st_mtime > keep_s:
+            try:
+                unused_s = time.time() - path.stat().st_mtime
+            except FileNotFoundError:  # it was being written, or its device is done
+                continue
+            if path not in spared and unused_s > keep_s:
                 log.warning("nobody has come back to the session in %s for %g s: it is deleted", path, keep_s)
                 self._delete(path)
 

@@ -28,8 +28,8 @@ class TakenHalf:
 class HalfUploads:
     """Sends halves on, several at once; called on one event loop, but for `unsent`.
 
-    A half is here until the federation server has it or refuses it. One that could not be sent in the client's time is tried
-    again with the device's next one, when it opens its session again, and when it closes it.
+    A half is here until the federation server has it or refuses it. One that could not be sent in the client's time waits for
+    `start_unsent`, the device's next one, or the end of its session.
     """
 
     def __init__(self, federation: FederationClient) -> None:
@@ -43,6 +43,11 @@ class HalfUploads:
         """Send a half on, and what could not be sent of the device's before."""
         for each in (*self.unsent(half.device), half):
             self._start(each)
+
+    def start_unsent(self) -> None:
+        """Try again what could not be sent, of any device: one that waits for the version that it is for asks for nothing."""
+        for half in list(self._unsent.values()):
+            self._start(half)
 
     def _start(self, half: TakenHalf) -> None:
         """Send a half on, unless that has been begun and has not failed for want of an answer."""
@@ -77,16 +82,18 @@ class HalfUploads:
     async def finish(self, device: str) -> None:
         """Wait until the federation server has all halves of the device's session.
 
-        Raises `RefusedError` for one that did not reach it, once.
+        Raises `RefusedError` for one that did not reach it, once, though all of the client's time was given to it from now on.
         """
+        if under_way := [task for task in self._of_session.get(device, {}).values() if not task.done()]:
+            await asyncio.wait(under_way)  # which may be near the end of their time
         for half in self.unsent(device):
             self._start(half)
-        tasks = self._of_session.get(device, {})
+        tasks = dict(self._of_session.get(device, {}))  # as they are now: those that fail may be begun again meanwhile
         if tasks:
-            await asyncio.wait(list(tasks.values()))
-        for submission, task in list(tasks.items()):
+            await asyncio.wait(tasks.values())
+        for submission, task in tasks.items():
             if (error := task.result()) is not None:
-                del tasks[submission]
+                self._of_session.get(device, {}).pop(submission, None)
                 raise RefusedError(f"a submitted half did not reach the federation server: {error}")
 
     async def _send(self, half: TakenHalf) -> SflError | None:

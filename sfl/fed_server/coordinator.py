@@ -214,11 +214,10 @@ class Federation:
 
     # Versions
 
-    def propose(self, edge: str, placement: Placement, state: AdapterState) -> bool:
-        """Take `state` as version 0 if it is the first proposal; whether `edge`'s proposal is version 0.
+    def proposed(self, edge: str) -> bool | None:
+        """What `propose` answers whatever is proposed; None while there is no version 0.
 
-        Raises `RefusedError` before the agreement and from anyone but an edge server, `AdapterError` when the state does
-        not fit the placement and the LoRA settings.
+        Raises `RefusedError` before the agreement, and for anyone but an edge server.
         """
         member = self._roster.get(edge)
         if member.role != "edge":
@@ -228,6 +227,16 @@ class Federation:
             return edge == self._proposer
         if self.agreement is None:
             raise RefusedError(f"{member.describe()} proposed version 0 before the devices had agreed on their labels")
+        return None
+
+    def propose(self, edge: str, placement: Placement, state: AdapterState) -> bool:
+        """Take `state` as version 0 if it is the first proposal; whether `edge`'s proposal is version 0.
+
+        Raises `RefusedError` as `proposed` does, `AdapterError` when the state does not fit the placement and the LoRA settings.
+        """
+        if (answer := self.proposed(edge)) is not None or self.agreement is None:
+            return bool(answer)
+        member = self._roster.get(edge)
         held = Contents(self.id, edge=edge)
         self._store.publish(0, state, placement.layout(member, self.agreement), held.files())
         self._proposer = edge

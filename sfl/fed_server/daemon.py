@@ -11,13 +11,13 @@ from sfl.fed_server.service import FederationService
 from sfl.fed_server.status import StatusBoard
 from sfl.fed_server.versions import VersionStore
 from sfl.identity.node import Node
-from sfl.identity.own import guard_of, node_of
 from sfl.settings import FedSettings
 from sfl.telemetry import log, peak_rss_mb
 from sfl.v1.federation_pb2_grpc import add_FederationServicer_to_server
 from sfl.watching.health import Health
 from sfl.watching.watch import Watch
 from sfl.wire.channel import serve, stop
+from sfl.wire.own import guard_of, node_of
 
 _TICK_S = 1.0
 _DRAIN_S = 8.0  # for calls under way when the server stops; container engines kill 10 s after they have told

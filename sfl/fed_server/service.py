@@ -138,8 +138,13 @@ class FederationService(FederationServicer):  # type: ignore[misc]
 
     async def Propose(self, requests: AsyncIterator[pb.AdapterMessage], context: Context) -> pb.ProposeReply:
         async with _refusing(context):
+            first = await anext(requests, None)
+            if first is not None and first.WhichOneof("body") == "proposal":  # none is read that is not needed
+                answer = self._federation.proposed(first.proposal.edge)
+                if answer is not None:
+                    return pb.ProposeReply(accepted=answer)
             limit = round(self._limits.adapter_mb * 1e6)
-            message, tensors = await self._receive(requests, "proposal", limit, "limits.adapter_mb")
+            message, tensors = await self._receive(_with(first, requests), "proposal", limit, "limits.adapter_mb")
             header = message.proposal
             placement = Placement(header.blocks, tuple(header.head), header.num_layers)
             accepted = self._federation.propose(header.edge, placement, from_tensors(tensors))
@@ -204,6 +209,13 @@ class FederationService(FederationServicer):  # type: ignore[misc]
                     raise WireError(f"expected a message of kind '{kind}', got '{message.WhichOneof('body')}'")
                 return message, tensors
         raise WireError(f"the stream ended before the last byte of '{kind}'")
+
+
+async def _with(first: pb.AdapterMessage | None, rest: AsyncIterator[pb.AdapterMessage]) -> AsyncIterator[pb.AdapterMessage]:
+    if first is not None:
+        yield first
+        async for message in rest:
+            yield message
 
 
 async def _happens(event: asyncio.Event, within_s: float) -> bool:

@@ -1,5 +1,5 @@
 """Who a node is: certificates, what they say, and what they allow.
 
 `identity`, `node` and `rights` need the standard library only, since devices have them; `authority` and `folder` make
-certificates, `revoked` and `peer` read those of others, with the `cryptography` package; `guard` stands before every service.
+certificates, `revoked` and `peer` read those of others, with the `cryptography` package. Nothing here knows of connections.
 """

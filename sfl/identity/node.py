@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfl.errors import OwnCertificateError
+from sfl.errors import CertificateTimeError, OwnCertificateError
 from sfl.identity.identity import Identity
 from sfl.telemetry import log
 
@@ -31,6 +31,7 @@ _WRONG = {
     23: "it is revoked: only a new one from the authority helps (`sfl certs add`)",
     26: "it is not made for this end of a connection: nobody can serve with a device's, and others are not of `sfl certs`",
 }
+_NOT_NOW = {9, 10, 11, 12}
 _OTHER_AUTHORITY = {7, 18, 19, 20, 21}
 
 
@@ -69,7 +70,8 @@ class Shown:
 class Node:
     """Who this process is. Its files are read again when they have changed: new connections show a renewed certificate.
 
-    Raises `OwnCertificateError` naming the file, what is wrong with it and what to do.
+    Raises `OwnCertificateError` naming the file, what is wrong with it and what to do; `CertificateTimeError` where that is
+    nothing but the time.
     """
 
     def __init__(self, files: NodeFiles) -> None:
@@ -138,7 +140,8 @@ def _read(files: NodeFiles) -> Shown:
         shown = _handshake(server, client)
     except ssl.SSLCertVerificationError as error:
         reason = explained(error.verify_code) or error.verify_message
-        raise OwnCertificateError(f"the certificate {files.certificate} cannot be used: {reason}") from error
+        kind = CertificateTimeError if error.verify_code in _NOT_NOW else OwnCertificateError
+        raise kind(f"the certificate {files.certificate} cannot be used: {reason}") from error
     except ssl.SSLError as error:
         raise OwnCertificateError(f"the certificate {files.certificate} cannot be used: {error.reason or error}") from error
     names: tuple[tuple[str, str], ...] = shown.get("subjectAltName", ())

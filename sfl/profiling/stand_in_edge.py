@@ -64,6 +64,9 @@ class StandInEdge:
     def adopt(self, version: int, keep_progress: bool, checkpoint: int = 0) -> None:
         """There is no other version."""
 
+    def look(self) -> None:
+        """It is here."""
+
     def _answer(self, step: int, version: int, like: Tensor) -> Iterator[bytes]:
         """The serialised frames of a step's answer."""
         dtype = WIRE_DTYPE[like.dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -14,7 +15,7 @@ from sfl.telemetry import log
 from sfl.wire.address import check_address
 
 _CONNECTIONS = 16  # at once; more are hung up on
-_SILENCE_S = 10.0  # for which a caller may be silent
+_CALLER_S = 10.0  # that a caller may take, the silences between its bytes included
 
 
 class Page(NamedTuple):
@@ -45,7 +46,7 @@ class Endpoint:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(_SILENCE_S)
+        self._thread.join(_CALLER_S)
 
 
 def json_page(status: int, content: Mapping[str, Any]) -> Page:
@@ -69,17 +70,25 @@ class _Server(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        late = threading.Timer(_CALLER_S, _hang_up, (request,))
+        late.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            late.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a caller of the metrics' address broke off", exc_info=True)
 
 
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it may have come to its end just then
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(BaseHTTPRequestHandler):
-    timeout = _SILENCE_S
+    timeout = _CALLER_S
     server: _Server
 
     def do_GET(self) -> None:

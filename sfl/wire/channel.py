@@ -1,8 +1,8 @@
 """The one place that dials and serves.
 
-Keepalive: a client pings every 30 s, also when no call is open, so that a NAT box on the way keeps the connection; the
-server allows pings down to 10 s apart, so that none is ever "too many". A peer that does not answer a ping in 20 s is
-gone, one that is merely slow is not.
+Keepalive: a client pings every 30 s, also when no call is open, so that a NAT box on the way keeps the connection. The server
+allows pings down to 10 s apart, so that none is ever "too many". A peer that does not answer a ping in 20 s is gone, one that
+is merely slow is not. A connection without a call is ended by the server after a minute, and made again with the next call.
 
 With a node's certificate a connection is TLS, and both ends show who they are; without one it is plaintext.
 """
@@ -26,12 +26,14 @@ from sfl.identity.identity import Role
 from sfl.identity.node import Node
 from sfl.telemetry import log
 from sfl.wire.address import check_address
+from sfl.wire.descriptors import connections_within
 from sfl.wire.refusals import number_of
 from sfl.wire.renewed import RenewedChannel
 from sfl.wire.tls import check_peer, client_credentials, require_plaintext, server_credentials
 
 HEARTBEAT_S = 10.0  # between two heartbeats on a stream that has nothing else to say
 SILENCE_S = 60.0  # a stream without even a heartbeat for so long is broken
+IDLE_S = 60.0  # a connection without a call for so long is ended, as it holds one of the server's places
 
 _CLIENT_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
@@ -114,11 +116,15 @@ def serve(
     """A server bound to `address`, not yet started, and the address with the port it got (for port 0).
 
     With `node` over TLS: whoever has no certificate of the same authority gets no further than the handshake. `guard` stands
-    before all services; at most so many `connections` are taken at a time.
+    before all services; at most so many `connections` are taken at a time, and no more than leave this process files to open.
     Raises `SettingsError` when the address is none or cannot be bound.
     """
     host, port = check_address(address)
-    options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections))
+    options = (
+        *_SERVER_OPTIONS,
+        ("grpc.max_connection_idle_ms", round(IDLE_S * 1e3)),
+        ("grpc.max_allowed_incoming_connections", connections_within(connections)),
+    )
     server = grpc.aio.server(options=options, interceptors=None if guard is None else [guard])
     try:
         bound = server.add_insecure_port(address) if node is None else server.add_secure_port(address, server_credentials(node))

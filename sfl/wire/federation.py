@@ -109,9 +109,14 @@ class FederationClient:
         self.on_new_federation()
 
     def propose(self, header: pb.ProposalHeader, state: AdapterState) -> bool:
-        """Offer version 0; False if another edge server was first."""
+        """Offer version 0; False if another edge server was first. One that could not be sent is wanted on."""
         message = pb.AdapterMessage(proposal=header)
-        reply: pb.ProposeReply = self._retry(lambda: self._stub.Propose(self._frames(message, state), timeout=CALL_S))
+        try:
+            reply: pb.ProposeReply = self._retry(lambda: self._stub.Propose(self._frames(message, state), timeout=CALL_S))
+        except UnreachableError:
+            with self._changed:  # to one whose watch never broke nothing is said again
+                self._wanted = self._agreement is not None and self._newest is None
+            raise
         return reply.accepted
 
     def submit(self, header: pb.UpdateHeader, state: AdapterState) -> bool:

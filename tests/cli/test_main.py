@@ -123,6 +123,10 @@ main()
             (f"sfl.errors.{kind.__name__}('why')", 2, f"error SFL-{kind.number}: why\n")
             for kind in (errors.DataError, errors.ModelError, errors.AdapterError)
         ),
+        ("sfl.errors.OwnCertificateError('why')", 2, "error SFL-801: why\n"),
+        ("sfl.errors.CertificateTimeError('why')", 1, "error SFL-805: why\n"),
+        ("sfl.errors.PeerIdentityError('why')", 1, "error SFL-802: why\n"),
+        ("__import__('sfl.adapters.peft_format').adapters.peft_format.AdapterWriteError('why')", 1, "error SFL-401: why\n"),
         ("sfl.errors.UnreachableError('why')", 1, "error SFL-700: why\n"),
         ("sfl.errors.RefusedError('why')", 1, "error SFL-600: why\n"),
         ("sfl.errors.NameTakenError('why')", 1, "error SFL-605: why\n"),

@@ -188,3 +188,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     failures[0] = 2
     assert write(files, 3) == 2  # after two tries more
     assert len(slept) == 2 and step_of(files.newest()) == 3
+
+
+def test_killed_while_all_are_deleted_the_newest_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    files = opened(tmp_path)
+    for step in range(10):
+        write(files, step)
+    files.close()
+    files = opened(tmp_path)
+    assert files.held == (9, 10)
+    unlink = Path.unlink
+
+    def once(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        raise Killed
+
+    monkeypatch.setattr(Path, "unlink", once)
+    with pytest.raises(Killed):
+        files.clear()
+    assert names(tmp_path) == ["checkpoint-10.state"]

@@ -18,7 +18,7 @@ from sfl.device.link_meter import LinkMeter
 from sfl.device.run import DeviceRun, Progress
 from sfl.device.run_plan import RunPlan
 from sfl.device.trainer import DeviceTrainer, Figures, TrainedStep
-from sfl.errors import DataError
+from sfl.errors import DataError, SessionLostError
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2 import (
     DEVICE,
@@ -43,8 +43,10 @@ class Diary:
     """
 
     def __init__(self, norms: Iterable[float] = (), losses: Iterable[float] = (), step_s: float = 0.0) -> None:
-        self.adapter = SimpleNamespace(version=0, take_progress=lambda: STATE, adopt=self._adopt)
-        self.edge = SimpleNamespace(submit=self._take, adopt=lambda *request: None)
+        self.adapter = SimpleNamespace(version=0, take_progress=lambda: STATE, adopt=self._adopt, begin=lambda *now: None)
+        self.edge = SimpleNamespace(submit=self._take, adopt=lambda *request: None, look=self._look, begin=self._begin)
+        self.lost = False  # what the edge knew of this device
+        self.whole = True  # submissions, once this half is there
         self.newest: int | None = 0
         self.at_server: int | None = None  # the newest version, if it has not heard of that yet
         self.finished = False
@@ -73,6 +75,14 @@ class Diary:
         self.said.append(f"evaluate {count}")
         return Figures(next(self._losses, 1.0), count, 0.5, 0.5) if count else Figures(0.0, 0, None, None)
 
+    def _look(self) -> None:
+        if self.lost:
+            raise SessionLostError("the edge has lost its disk")
+
+    def _begin(self, session: str, version: int, last_step: int, checkpoint: int) -> None:
+        self.said.append(f"begin at step {last_step}")
+        self.lost = False
+
     def _take(self, submission: str, version: int, checkpoint: int) -> None:
         self.said.append(f"take {submission}")
 
@@ -89,7 +99,7 @@ class Diary:
         assert state is STATE
         self.said.append("submit")
         self.headers.append(header)
-        return True
+        return self.whole
 
     def trained(self) -> None:
         self.said.append("trained")
@@ -118,6 +128,17 @@ def made(
 
 def rounds(**changes: Any) -> UploadPolicy:
     return UploadPolicy(**{"final_upload": True, "periodic": Periodic(local_steps=2), **changes})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_edge_that_loses_its_disk_while_a_version_is_waited_for_is_noticed(whole: bool) -> None:
+    diary = Diary()
+    run = iter(made(diary, rounds(), 5))
+    assert [next(run) for _ in range(3)] == [Progress.TRAINED, Progress.TRAINED, Progress.WAITING]
+    diary.lost, diary.whole = True, whole  # whether the federation server had the edge's half by then
+    assert next(run) is (Progress.WAITING if whole else Progress.TRAINED)
+    said = ["submit", "fetch 0 [0, 2)", "begin at step 2"]
+    assert diary.said[4:] == (said if whole else [*said, "step 3"])
 
 
 def test_fedavg_waits_after_each_round_and_not_at_the_end(tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ def test_settings_are_those_of_one_federation() -> None:
     assert len({device.cut for device in devices.values()}) == 4
 
 
+def test_what_two_nodes_may_have_in_flight_is_half_of_a_servers_memory_at_most() -> None:
+    units = {"b": 1, "m": 2**20, "g": 2**30}
+    for name, (role, service) in daemons().items():
+        if role != "device":
+            size, unit = re.fullmatch(r"(\d+)([bmg])", service["mem_limit"]).groups()  # type: ignore[union-attr]
+            assert 2 * settings_of(name).limits.in_flight_mb * 1e6 <= int(size) * units[unit] / 2, name
+
+
 def test_devices_have_limits_as_small_boards_do() -> None:
     devices = [service for role, service in daemons().values() if role == "device"]
     limits = [service["mem_limit"] for service in devices]

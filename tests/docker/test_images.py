@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from sfl.connection_settings import LimitSettings
 from tests.docker.files import DOCKER, ROLES, ROOT
 
 try:
@@ -102,6 +103,7 @@ def test_units_are_valid_and_hardened(unit: Path, tmp_path: Path) -> None:
     assert (service["User"], service["Restart"], service["RestartPreventExitStatus"]) == ("sfl", "on-failure", "2")
     assert (service["NoNewPrivileges"], service["ProtectSystem"], service["CapabilityBoundingSet"]) == ("yes", "strict", "")
     assert service["MemoryMax"].endswith(("M", "G"))
+    assert role == "device" or int(service["LimitNOFILE"]) > LimitSettings().connections
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     copy = tmp_path / unit.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from sfl.cluster.plan import free_addresses
 from sfl.edge_server import daemon
-from sfl.errors import RefusedError
+from sfl.errors import RefusedError, UnreachableError
 from sfl.settings import EdgeSettings
 from sfl.wire.channel import check_listen
 from sfl.wire.frames import Traffic
@@ -29,13 +30,17 @@ def settings(tmp_path: Path) -> EdgeSettings:
     return EdgeSettings(model=str(save_tiny_model(tmp_path / "model")), listen=listen, out=tmp_path / "out")
 
 
-def federation(monkeypatch: pytest.MonkeyPatch, propose: Callable[[threading.Event], None]) -> threading.Event:
+def federation(
+    monkeypatch: pytest.MonkeyPatch,
+    propose: Callable[[threading.Event], None],
+    agreement: Callable[[threading.Event], Any] = lambda closed: SimpleNamespace(labels=["a", "b"]),
+) -> threading.Event:
     """Puts one in place of the client; set once that is closed."""
     closed = threading.Event()
     client = SimpleNamespace(
         federation="this one",
         join=lambda request: None,
-        agreement=lambda wait_s: SimpleNamespace(labels=["a", "b"]),
+        agreement=lambda wait_s: agreement(closed),
         until_wanted=lambda agreed: None,
         report=lambda request: None,
         propose=lambda header, state: propose(closed),
@@ -75,3 +80,18 @@ def test_a_signal_ends_an_edge_whose_proposal_never_arrives(settings: EdgeSettin
     federation(monkeypatch, propose)
     daemon.run(settings)
     assert time.monotonic() - told[0] < 5
+
+
+def test_an_edge_that_is_told_to_stop_before_the_agreement_ends_in_order(
+    settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def agreement(closed: threading.Event) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert closed.wait(30)
+        raise UnreachableError("the connection was closed")
+
+    federation(monkeypatch, lambda closed: None, agreement)
+    with caplog.at_level(logging.INFO, "sfl"):
+        daemon.run(settings)
+    assert "was told to stop before all members had agreed" in caplog.text
+    check_listen(settings.listen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
@@ -16,7 +17,7 @@ import pytest
 from sfl.adapters.state import AdapterState, edge_half
 from sfl.device.edge_link import GrpcEdgeLink
 from sfl.device.trainer import WentBack
-from sfl.edge_server import session_files
+from sfl.edge_server import service, session_files
 from sfl.edge_server.uploads import TakenHalf
 from sfl.errors import RefusedError, SessionLostError, StateWriteError, UnreachableError
 from sfl.telemetry import MetricsWriter
@@ -217,6 +218,58 @@ def test_a_half_is_sent_once_it_is_kept_and_by_the_next_edge_if_need_be(edge: Se
     assert all(np.array_equal(progress[key], before[key] - begin[key]) for key in begin)
 
 
+def test_a_half_that_could_not_be_sent_is_sent_though_its_device_only_waits(
+    edge: ServedEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look_after() -> None:
+        sending.append(asyncio.create_task(edge.service.send_again()))
+
+    sending: list[asyncio.Task[None]] = []
+    monkeypatch.setattr(service, "_AGAIN_S", 0.05)
+    with linked(edge, 1) as link:
+        step(edge, link, 1)
+        edge.federation.failure = UnreachableError("it was away for longer than give_up_s")
+        link.submit("s/1", 0, checkpoint=2)
+        eventually(lambda: not edge.service._uploads._running)
+        edge.run(look_after())
+        time.sleep(0.2)
+        assert edge.service._uploads.unsent("device-1")
+        edge.federation.failure = None
+        eventually(lambda: [header.submission for header, _ in edge.federation.submitted] == ["s/1"])
+        time.sleep(0.2)
+        assert len(edge.federation.submitted) == 1 and not edge.service._uploads.unsent("device-1")
+        edge.run(_cancelled(sending[0]))
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def test_a_device_that_waits_sees_that_its_edge_is_another(
+    edge: ServedEdge, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with linked(edge, 1) as link:
+        step(edge, link, 1)
+        link.submit("s/1", 0, checkpoint=2)
+        link.look()
+        edge.stop()
+        eventually(lambda: link._stream is not None and link._stream.broken)
+        link.look()
+        assert "nothing is wanted of it yet" in caplog.text
+        edge.start()
+        restart(edge)
+        eventually(lambda: link.look() or edge.halves.engine.devices())  # whose session is at its checkpoint again
+        edge.stop()
+        for path in (tmp_path / "sessions").iterdir():
+            path.unlink()
+        edge.start()
+        restart(edge)
+        eventually(lambda: link._stream is not None and link._stream.broken)
+        with pytest.raises(SessionLostError):
+            eventually(lambda: link.look())
+
+
 def test_a_submission_asked_again_after_a_restart_is_the_same(edge: ServedEdge) -> None:
     with linked(edge, 1) as link:
         step(edge, link, 1)
@@ -347,6 +400,43 @@ def test_files_that_nobody_comes_back_to_are_swept(edge: ServedEdge, tmp_path: P
         files.sweep(0.01, edge.halves.engine.devices())
         assert files.read("device-1") is not None and files.read("other") is None
         assert "nobody has come back to the session in" in caplog.text
+
+
+def test_a_sweep_bears_files_that_go_while_it_looks(tmp_path: Path) -> None:
+    files, over = session_files.SessionFiles(tmp_path), threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            session_files.write_state(tmp_path / "busy.state", {}, {})
+
+    (tmp_path / ".gone.state.tmp").symlink_to(tmp_path / "nothing")  # is listed, and cannot be looked at
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(50):
+            files.sweep(60, [])
+    finally:
+        over.set()
+        writer.join(5)
+    assert (tmp_path / "busy.state").exists()
+
+
+def test_a_sweep_that_fails_is_said_and_is_not_the_last(
+    edge: ServedEdge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweeps: list[float] = []
+
+    def sweep(self: session_files.SessionFiles, keep_s: float, in_use: Any) -> None:
+        sweeps.append(keep_s)
+        raise OSError(24, "Too many open files")
+
+    async def work() -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(edge.service.sweep_hourly(0.05), 0.3)
+
+    monkeypatch.setattr(session_files.SessionFiles, "sweep", sweep)
+    edge.run(work())
+    assert len(sweeps) > 1 and "Too many open files" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "x" * 300, "Gerät ☃", "%2e%2e", "A"])

@@ -295,7 +295,7 @@ MALFORMED: dict[str, tuple[Callable[[Halves], Any], str]] = {
         lambda halves: [headers_only()(halves), DeviceMessage(evaluate=split_pb2.Evaluate())],
         "a new message began",
     ),
-    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), r"above limits.request_mb \(1100000000 bytes\)"),
+    "2 GiB announced": (headers_only(shape=[2**29], byte_length=2**31), r"above limits.request_mb \(256000000 bytes\)"),
     "8 GiB announced": (headers_only(shape=[2**33], byte_length=2**35), "above limits.request_mb"),
     "step": (step_with(lambda tensors: None, step=3), "step 1 was due"),
     "version": (step_with(lambda tensors: None, version=1), "adopt first"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -16,7 +17,10 @@ from typing import Any
 import grpc
 import pytest
 
+from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import device_half, edge_half
+from sfl.edge_server import daemon as edge_daemon
+from sfl.edge_server.daemon import keep_version_0
 from sfl.errors import RefusedError, SflError, StateDiffersError, StateWriteError, UnreachableError, WaitedError
 from sfl.fed_server import daemon, ledger
 from sfl.fed_server.coordinator import Federation
@@ -59,14 +63,12 @@ def members(address: str, *names: str, give_up_s: float = 20, **changes: Any) ->
 
 @contextmanager
 def proposing(edge: FederationClient) -> Iterator[list[SflError]]:
-    """As the edge server's daemon does, in a thread; what that ended with."""
+    """The edge server's own loop, in a thread; what that ended with."""
     agreed, ended = edge.agreement(10), list[SflError]()
 
     def work() -> None:
         try:
-            while True:
-                edge.until_wanted(agreed)
-                edge.propose(PROPOSAL, adapter(0))
+            asyncio.run(keep_version_0(edge, agreed, PROPOSAL, adapter(0)))
         except SflError as error:
             ended.append(error)
 
@@ -135,6 +137,24 @@ def test_an_edge_server_proposes_again_to_a_server_that_has_lost_its_folder(tmp_
             with pytest.raises(RefusedError, match=r"device 'a' .* has trained with versions that this federation server does"):
                 a.submit(update("a", pb.DEVICE, 1, "s/2"), device_half(adapter(1), 1))
     assert ledger.check(tmp_path / "empty") == ledger.Balance(accepted=1, counted=1)
+
+
+def test_version_0_is_proposed_until_there_is_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room, publish = threading.Event(), VersionStore.publish
+
+    def full(self: VersionStore, *arguments: Any) -> Any:
+        if not room.is_set():
+            raise AdapterWriteError("No space left on device")
+        return publish(self, *arguments)
+
+    monkeypatch.setattr(VersionStore, "publish", full)
+    monkeypatch.setattr(edge_daemon, "_AGAIN_S", 0.1)
+    with server(tmp_path) as (_, address), members(address, "edge", "a", give_up_s=0.3) as (edge, a), proposing(edge) as ended:
+        until(lambda: "version 0 could not be proposed" in caplog.text)
+        room.set()
+        assert a.version(0, 5) == 0 and ended == []
 
 
 def test_an_edge_server_ends_when_the_labels_are_others(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import grpc
 
 from sfl.connection_settings import LimitSettings
 from sfl.identity.folder import CertificateFolder, Wanted
-from sfl.identity.guard import Guard
 from sfl.identity.identity import Identity, Role
 from sfl.identity.node import Node, NodeFiles
 from sfl.identity.revoked import Revocations
 from sfl.identity.rights import Serves
 from sfl.wire.channel import dial, serve
+from sfl.wire.guard import Guard
 
 ROLES: dict[str, Role] = {
     "fed": "fed",

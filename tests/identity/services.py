@@ -19,7 +19,6 @@ from sfl.edge_server.worker import ComputeWorker, arrival
 from sfl.errors import ModelError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.service import FederationService
-from sfl.identity.guard import Guard
 from sfl.identity.node import Node
 from sfl.telemetry import MetricsWriter
 from sfl.v1.federation_pb2_grpc import add_FederationServicer_to_server
@@ -27,6 +26,7 @@ from sfl.v1.provision_pb2_grpc import add_ProvisioningServicer_to_server
 from sfl.v1.split_pb2_grpc import add_SplitTrainingServicer_to_server
 from sfl.watching.health import Health
 from sfl.wire.federation import FederationClient
+from sfl.wire.guard import Guard
 from tests.edge_server.made import Halves, RecordingFederation
 from tests.fed_server.made import federation
 from tests.identity.made import Certificates, behind

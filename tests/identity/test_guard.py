@@ -14,7 +14,6 @@ import pytest
 
 from sfl.adapters.state import device_half, edge_half
 from sfl.errors import RefusedError, UnreachableError
-from sfl.identity import guard as guard_module
 from sfl.identity.node import Node
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1 import provision_pb2
@@ -23,6 +22,7 @@ from sfl.v1.provision_pb2_grpc import ProvisioningStub
 from sfl.v1.split_pb2 import DeviceMessage
 from sfl.v1.split_pb2_grpc import SplitTrainingStub
 from sfl.watching.health import Health, require_serving
+from sfl.wire import guard as guard_module
 from sfl.wire.adapters import to_tensors
 from sfl.wire.federation import FederationClient
 from sfl.wire.frames import Traffic, frames

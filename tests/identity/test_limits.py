@@ -195,11 +195,29 @@ def test_a_batch_above_the_limit_costs_its_sender_the_stream(tmp_path: Path) -> 
 
 
 def test_an_adapter_above_the_limit_is_refused_by_name(tmp_path: Path) -> None:
-    with federation_server(tmp_path, None, LimitSettings(adapter_mb=1e-4)) as (address, *_), dialled(address, None) as channel:
+    limits = LimitSettings(adapter_mb=1e-4)
+    with federation_server(tmp_path, None, limits, devices=1) as (address, fed, _), dialled(address, None) as channel:
+        for request in (join_request("edge", pb.EDGE), join_request("a")):
+            FederationStub(channel).Join(request, timeout=5)
+        fed.tick()
         message = pb.AdapterMessage(proposal=PROPOSAL)
         whole = list(frames(message, to_tensors(adapter(0)), Traffic()))
         status, why = refused(lambda: FederationStub(channel).Propose(iter(whole), timeout=5))
         assert status == "RESOURCE_EXHAUSTED" and "above limits.adapter_mb (100 bytes)" in why
+
+
+def test_a_proposal_that_is_not_needed_is_answered_by_its_header(tmp_path: Path) -> None:
+    with federation_server(tmp_path, None, devices=1) as (address, fed, _), dialled(address, None) as channel:
+        stub = FederationStub(channel)
+        for name in ("edge", "other"):
+            stub.Join(join_request(name, pb.EDGE), timeout=5)
+        stub.Join(join_request("a"), timeout=5)
+        fed.tick()
+        whole = list(frames(pb.AdapterMessage(proposal=PROPOSAL), to_tensors(adapter(0)), Traffic()))
+        assert stub.Propose(iter(whole), timeout=5).accepted
+        for edge, accepted in (("edge", True), ("other", False)):
+            whole[0].proposal.edge = edge
+            assert stub.Propose(Requests(whole[0]), timeout=5).accepted is accepted, "its tensors never come"
 
 
 def test_hundreds_of_calls_leave_nothing_behind(tmp_path: Path) -> None:

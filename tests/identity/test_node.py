@@ -12,13 +12,13 @@ import pytest
 
 from sfl.cli.load_settings import load
 from sfl.connection_settings import TlsSettings
-from sfl.errors import OwnCertificateError, PlaintextError, SettingsError
+from sfl.errors import CertificateTimeError, OwnCertificateError, PlaintextError, SettingsError
 from sfl.identity import authority
 from sfl.identity.identity import Identity
 from sfl.identity.node import Node, NodeFiles
-from sfl.identity.own import node_of
 from sfl.identity.revoked import Revocations
 from sfl.settings import DeviceSettings, EdgeSettings, FedSettings
+from sfl.wire.own import node_of
 from tests.identity.made import Certificates
 
 
@@ -35,7 +35,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 def test_an_expired_certificate(tmp_path: Path) -> None:
     expired = Certificates(tmp_path, days=-0.01)
-    with pytest.raises(OwnCertificateError, match=r"pi-1/node.pem cannot be used: it has expired .*`sfl certs renew NAME`"):
+    with pytest.raises(CertificateTimeError, match=r"pi-1/node.pem cannot be used: it has expired .*`sfl certs renew NAME`"):
         expired.node("pi-1")
 
 
@@ -43,7 +43,7 @@ def test_a_certificate_of_tomorrow(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made = Certificates(tmp_path)
     monkeypatch.setattr(authority, "_EARLIER", -timedelta(hours=2))
     made.book.renew("pi-1")
-    with pytest.raises(OwnCertificateError, match="it is not valid yet: is this machine's clock right"):
+    with pytest.raises(CertificateTimeError, match="it is not valid yet: is this machine's clock right"):
         made.node("pi-1")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -160,6 +161,27 @@ def test_no_reports_where_none_are_asked_for(tmp_path: Path) -> None:
         watch.report_to(federation, 0)
         time.sleep(0.05)
     assert not federation.reports
+
+
+def test_callers_that_never_come_to_an_end_take_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_CONNECTIONS", 3)
+    monkeypatch.setattr(endpoint, "_CALLER_S", 0.5)
+    page = Page(200, "text/plain", b"here\n")
+    server = Endpoint("127.0.0.1:0", {"/": lambda accept: page})
+    try:
+        port = int(server.address.rpartition(":")[2])
+        trickling = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        ended = time.monotonic() + 0.8
+        while time.monotonic() < ended:  # never silent, and never done
+            for each in trickling:
+                with contextlib.suppress(OSError):
+                    each.sendall(b"G")
+            time.sleep(0.05)
+        assert get(server.address, "/") == (200, "text/plain", "here\n")
+        for each in trickling:
+            each.close()
+    finally:
+        server.close()
 
 
 def test_callers_that_say_nothing_take_the_others_nothing(monkeypatch: Any) -> None:

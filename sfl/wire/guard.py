@@ -17,11 +17,11 @@ import grpc.aio
 
 from sfl.connection_settings import LimitSettings
 from sfl.errors import BusyError, OwnCertificateError, RightsError, WireError
-from sfl.identity.call import CallEndedError, GuardedCall, lenient
 from sfl.identity.peer import Peer, peer_of
 from sfl.identity.revoked import Revocations
 from sfl.identity.rights import Serves
 from sfl.telemetry import log
+from sfl.wire.call import CallEndedError, GuardedCall, lenient
 from sfl.wire.limits import Allowance
 from sfl.wire.refusals import refuse
 

@@ -11,9 +11,9 @@ from sfl.telemetry import log
 from sfl.wire.address import check_address, is_loopback
 
 if TYPE_CHECKING:
-    from sfl.identity.guard import Guard
     from sfl.identity.rights import Serves
     from sfl.settings import DaemonSettings, EdgeSettings, FedSettings
+    from sfl.wire.guard import Guard
 
 _ADDRESSES = ("listen", "federation", "edge")  # settings that hold one; no daemon has all three
 _ANY = ("0.0.0.0", "[::]")  # addresses to listen on that stand for all of this machine's
@@ -48,8 +48,8 @@ def node_of(settings: DaemonSettings, role: Role) -> Node | None:
 def guard_of(settings: FedSettings | EdgeSettings, node: Node | None, serves: Serves = lambda device, edge: None) -> Guard:
     """What stands before the services of a server. Raises `OwnCertificateError` for a list of revoked certificates that cannot be
     used."""
-    from sfl.identity.guard import Guard
     from sfl.identity.revoked import Revocations
+    from sfl.wire.guard import Guard
 
     revoked = None if node is None else Revocations(node.files.revoked, node.files.ca)
     return Guard(settings.limits, revoked, serves)

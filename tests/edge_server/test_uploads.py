@@ -1,0 +1,97 @@
+"""Halves on their way, when some of them cannot be sent."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from typing import Any, cast
+
+import pytest
+
+from sfl.adapters.state import AdapterState
+from sfl.edge_server.uploads import HalfUploads, TakenHalf
+from sfl.errors import RefusedError, UnreachableError
+from sfl.v1.federation_pb2 import UpdateHeader
+from sfl.wire.federation import FederationClient
+
+
+class Federation:
+    """Each try of a submission ends when a test says so, as it says."""
+
+    def __init__(self) -> None:
+        self.tries: Counter[str] = Counter()
+        self._ends: dict[tuple[str, int], threading.Event] = {}
+        self._failed: set[tuple[str, int]] = set()
+
+    def _end(self, submission: str, number: int) -> threading.Event:
+        return self._ends.setdefault((submission, number), threading.Event())
+
+    def submit(self, header: UpdateHeader, state: AdapterState) -> None:
+        self.tries[header.submission] += 1
+        one = header.submission, self.tries[header.submission]
+        assert self._end(*one).wait(5)
+        if one in self._failed:
+            raise UnreachableError("it is away")
+
+    async def begun(self, submission: str, number: int) -> None:
+        for _ in range(500):
+            if self.tries[submission] >= number:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"{submission} is not tried for time number {number}")
+
+    async def ends(self, submission: str, number: int, fails: bool = False) -> None:
+        await self.begun(submission, number)
+        if fails:
+            self._failed.add((submission, number))
+        self._end(submission, number).set()
+        await asyncio.sleep(0.05)
+
+
+def half(submission: str) -> TakenHalf:
+    return TakenHalf("pi", submission, 0, {})
+
+
+def run(work: Any) -> None:
+    async def both() -> None:
+        federation = Federation()
+        await work(federation, HalfUploads(cast(FederationClient, federation)))
+
+    asyncio.run(both())
+
+
+def test_the_end_of_a_session_waits_for_a_whole_try_of_its_own() -> None:
+    async def work(federation: Federation, uploads: HalfUploads) -> None:
+        uploads.start(half("s/1"))
+        await federation.begun("s/1", 1)
+        finishing = asyncio.create_task(uploads.finish("pi"))
+        await federation.ends("s/1", 1, fails=True)  # soon after the session's end, and long after its own beginning
+        await federation.ends("s/1", 2)
+        await asyncio.wait_for(finishing, 5)
+        assert not uploads.unsent("pi")
+
+    run(work)
+
+
+def test_what_is_tried_again_while_a_session_ends_is_said_to_have_failed() -> None:
+    async def work(federation: Federation, uploads: HalfUploads) -> None:
+        uploads.start(half("s/1"))
+        uploads.start(half("s/2"))
+        await federation.ends("s/1", 1, fails=True)
+        uploads.start_unsent()
+        await federation.begun("s/1", 2)
+        assert federation.tries == {"s/1": 2, "s/2": 1}
+        finishing = asyncio.create_task(uploads.finish("pi"))
+        await asyncio.sleep(0.05)
+        await federation.ends("s/1", 2, fails=True)
+        await federation.ends("s/2", 1, fails=True)
+        await federation.ends("s/1", 3, fails=True)
+        uploads.start_unsent()  # while the other one is still waited for
+        await federation.ends("s/2", 2)
+        with pytest.raises(RefusedError, match="it is away"):
+            await asyncio.wait_for(finishing, 5)
+        await federation.ends("s/1", 4)
+        assert not uploads.unsent("pi")
+
+    run(work)
