@@ -82,6 +82,7 @@ class CheckpointFiles:
         self._folder = folder
         self._give_up_s = give_up_s
         self._sessions: dict[int, str] = {}  # by number, of those that can be read
+        self._stale: list[int] = []  # of a run that is not gone on with
         self._lock = _take(folder)
         try:
             self._look()
@@ -134,6 +135,8 @@ class CheckpointFiles:
             time.sleep(_AGAIN_S)
         self._sessions[number] = document["session"]
         self._newest = number
+        while self._stale:
+            self._delete(self._stale.pop())
         return number
 
     def amend(self, state: Callable[[], State]) -> None:
@@ -154,8 +157,12 @@ class CheckpointFiles:
             self._delete(later)
         self._newest = number
 
+    def begin_anew(self) -> None:
+        """Go on with nothing that is here. It is deleted once there is a first state: until then it says that a run had begun."""
+        self._stale, self._sessions, self.document, self._identity = list(self._sessions), {}, {}, {}
+
     def clear(self) -> None:
-        """Delete all: the run has come to its end, or is not to be gone on with."""
+        """Delete all: the run has come to its end."""
         for number in sorted(self._sessions):  # the newest last: a run that went on from an earlier one would train again
             self._delete(number)
         self._newest, self.document = 0, {}

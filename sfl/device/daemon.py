@@ -126,7 +126,7 @@ def kept_in(checkpoints: CheckpointFiles) -> Document:
     """What an earlier process has left, if it has done a step. If not it may have been wrong settings that kept it from that,
     and nothing is lost by beginning anew."""
     if checkpoints.document and not checkpoints.document["run"]["steps"]:
-        checkpoints.clear()
+        checkpoints.begin_anew()
     return checkpoints.document
 
 

@@ -110,7 +110,7 @@ def test_what_has_not_done_a_step_binds_nobody(tmp_path: Path) -> None:
     files.amend(lambda: ({"session": "s", "run": {"steps": 0}}, {}))
     files.close()
     files = CheckpointFiles(tmp_path)
-    assert kept_in(files) == {} and files.session is None and names(tmp_path) == []
+    assert kept_in(files) == {} and files.session is None
     files.require({**IDENTITY, "cut": 3})
     write(files, 1)
     files.amend(lambda: ({"session": "s", "run": {"steps": 1}}, {}))
@@ -210,3 +210,23 @@ def test_killed_while_all_are_deleted_the_newest_is_left(tmp_path: Path, monkeyp
     with pytest.raises(Killed):
         files.clear()
     assert names(tmp_path) == ["checkpoint-10.state"]
+
+
+def test_who_begins_anew_leaves_what_there_was_until_its_own_first(tmp_path: Path) -> None:
+    files = opened(tmp_path)
+    write(files, 0, "old")
+    files.close()
+    files = CheckpointFiles(tmp_path)
+    assert files.document
+    files.begin_anew()
+    files.require({**IDENTITY, "cut": 3})  # what the old one was trained with is of no account
+    assert (files.session, files.held, files.document) == (None, (), {})
+    files.close()  # killed before its first
+    files = CheckpointFiles(tmp_path)
+    assert files.document and files.session == "old"
+    files.begin_anew()
+    files.require(IDENTITY)
+    assert write(files, 0, "new") == 2
+    assert names(tmp_path) == ["checkpoint-2.state"] and (files.session, files.held) == ("new", (2,))
+    files.clear()
+    assert not names(tmp_path)
