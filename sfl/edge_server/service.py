@@ -18,7 +18,7 @@ from sfl.edge_server.session_files import SessionFiles
 from sfl.edge_server.uploads import HalfUploads, TakenHalf
 from sfl.edge_server.versions import EdgeVersions
 from sfl.edge_server.worker import ComputeWorker
-from sfl.errors import BusyError, LimitError, MachineError, SflError, StateWriteError, WireError
+from sfl.errors import BusyError, LimitError, MachineError, SflError, StateWriteError, UnreachableError, WireError
 from sfl.telemetry import MetricsWriter, log
 from sfl.v1 import split_pb2
 from sfl.v1.split_pb2 import DeviceMessage, EdgeMessage
@@ -148,7 +148,7 @@ class SplitService(SplitTrainingServicer):
         except OSError as error:  # too many open files, say: the device asks again, and by then there may be fewer
             log.error("%s", error)
             await refuse(context, grpc.StatusCode.UNAVAILABLE, MachineError(f"the edge server's machine refused: {error}"))
-        except StateWriteError as error:  # the same, as there may be room by then
+        except (StateWriteError, UnreachableError) as error:  # the same: there may be room, or the federation server be back
             log.error("%s", error)
             await refuse(context, grpc.StatusCode.UNAVAILABLE, error)
         except WireError as error:

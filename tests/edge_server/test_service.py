@@ -455,6 +455,29 @@ def test_halves_that_could_not_be_sent_go_out_with_the_next_one_and_at_the_end(
     assert sorted(arrived()) == [f"device-1/{number}" for number in range(1, 5)], "each once"
 
 
+def test_a_version_that_cannot_be_fetched_for_now_ends_no_device(
+    edge: ServedEdge, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge.federation.failure = UnreachableError("the federation server is out of reach (UNAVAILABLE: no route); gave up after 3 s")
+    stranger = Stranger(edge)
+    with pytest.raises(grpc.RpcError, match="the federation server is out of reach") as refused:
+        stranger.say()
+    stranger.close()
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    fetch, fetched = edge.federation.fetch, len(edge.federation.fetches)
+
+    def mended(version: int, *layers: int, **more: int) -> Any:
+        if len(edge.federation.fetches) > fetched:
+            edge.federation.failure = None
+        return fetch(version, *layers, **more)
+
+    monkeypatch.setattr(edge.federation, "fetch", mended)
+    with caplog.at_level(logging.WARNING, "sfl"), linked(edge) as link:
+        stepped(edge, link, range(1, 2))
+        link.close()
+    assert "no route" in caplog.text and "opening the session again" in caplog.text
+
+
 def test_a_half_that_is_lost_is_told_to_its_own_session_only(edge: ServedEdge, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "sfl"), linked(edge) as link:
         stepped(edge, link, range(1, 2))
