@@ -66,6 +66,7 @@ class ListenError(SettingsError):
     """This machine does not let a daemon listen at the address that it is given."""
 
     number = 103
+    lasting = False  # an address may come up after the daemon, as a VPN's does, and who has the port may go
 
 
 class MemoryShortError(SettingsError):

@@ -124,6 +124,7 @@ main()
             for kind in (errors.DataError, errors.ModelError, errors.AdapterError)
         ),
         ("sfl.errors.OwnCertificateError('why')", 2, "error SFL-801: why\n"),
+        ("sfl.errors.ListenError('why')", 1, "error SFL-103: why\n"),  # an address may come up after the daemon
         ("sfl.errors.CertificateTimeError('why')", 1, "error SFL-805: why\n"),
         ("sfl.errors.PeerIdentityError('why')", 1, "error SFL-802: why\n"),
         ("__import__('sfl.adapters.peft_format').adapters.peft_format.AdapterWriteError('why')", 1, "error SFL-401: why\n"),
