@@ -9,7 +9,7 @@ import typer
 from pydantic import Field
 
 from sfl.cli.asking import AskingSettings, asked, own_node
-from sfl.errors import RefusedError, SettingsError, UnreachableError
+from sfl.errors import MissingPackageError, RefusedError, SettingsError, UnreachableError
 
 _HELP = """usage: sfl health ADDRESS [--service NAME] [--wait-s S] [--tls.folder DIR]
 
@@ -38,7 +38,13 @@ def health(context: typer.Context) -> None:
     if "://" in address:
         typer.echo(_over_http(address, settings.wait_s), nl=False)
         return
-    from sfl.watching.health import require_serving
+    try:
+        from sfl.watching.health import require_serving
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "asking by gRPC needs grpcio-health-checking, which is not installed, as a device does without: ask on the server's"
+            " own machine, or a daemon at http://HOST:PORT/healthz, where its metrics_listen is; or pip install it"
+        ) from error
     from sfl.wire.channel import dial
 
     peer = f"the server at {address}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sfl.cli.main import app
-from sfl.errors import AddressError, RefusedError, SflError, UnreachableError
+from sfl.errors import AddressError, MissingPackageError, RefusedError, SflError, UnreachableError
 from sfl.watching.endpoint import Endpoint, json_page
 from sfl.watching.health import Health, require_serving
 from sfl.wire.channel import dial, serve
@@ -94,6 +95,14 @@ def test_a_devices_page() -> None:
         endpoint.close()
     assert isinstance(sfl_health(f"{url}/healthz", "--wait-s", "1")[1], UnreachableError)
     assert isinstance(sfl_health("ftp://somewhere/healthz")[1], SflError)
+
+
+def test_a_devices_image_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc_health.v1", None)
+    monkeypatch.delitem(sys.modules, "sfl.watching.health")
+    error = sfl_health("127.0.0.1:7301")[1]
+    assert isinstance(error, MissingPackageError)
+    assert "grpcio-health-checking" in str(error) and "/healthz" in str(error) and "\n" not in str(error)
 
 
 def test_it_says_how_it_is_called() -> None:
