@@ -163,6 +163,11 @@ class Federation:
         return self._intake.refused
 
     @property
+    def held_up(self) -> str:
+        """Why no version can be made of the pool now, and what to do; empty where nothing is in the way."""
+        return self._maker.held_up
+
+    @property
     def adapter_bytes(self) -> int:
         """Size of the global adapter in bytes, 0 before version 0."""
         newest = self._store.newest()

@@ -148,6 +148,8 @@ class StatusBoard:
             return f"waiting for devices: {federation.joined} of {federation.expected} have joined"
         if federation.version is None:
             return "waiting for an edge server to propose version 0"
+        if federation.held_up:
+            return f"held up: {federation.held_up}"
         present = {each.member.name for each in presences if each.member.role == "device" and each.state == "present"}
         if not present:
             return "waiting: no device is there"

@@ -65,7 +65,7 @@ class VersionMaker:
         self._refuse = refuse
         self._told_too_few = False
         self._told_no_quorum = False  # of this pool
-        self._told_later = False  # that a version could not be made
+        self.held_up = ""  # why no version can be made of the pool, and what to do; empty where nothing is in the way
 
     def view(self, version: int, rank: int) -> AdapterState:
         """A version as a device of `rank` gets it. Raises `AdapterError` for a version or a rank that is not there."""
@@ -139,7 +139,7 @@ class VersionMaker:
             population = self._roster.examples({update.device for update in updates})
             done = self._aggregation.aggregate(newest.state, updates, population)
         except OSError as error:  # says nothing of the updates, which are on disk
-            return self._later(error)
+            return self._later(error, "move a file of the pool away that stays unreadable: its update is left out then")
         except AdapterError as error:  # would come again at every tick
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
@@ -148,6 +148,7 @@ class VersionMaker:
             for submission in (each for pooled in taken for each in pooled.submissions):
                 self._ledger.dropped(submission, _reason(submission, done))
             self._pool.remove(taken)
+            self.held_up = ""
             self._tell_refused(newest.number + 1, done)
             return True
         self._roster_file.keep(finished=False)
@@ -156,8 +157,8 @@ class VersionMaker:
             held = self._contents(taken, done)
             self._store.publish(newest.number + 1, done.state, newest.layout, {**extras, **held.files()})
         except (AdapterWriteError, OSError) as error:
-            return self._later(error)
-        self._told_later = False
+            return self._later(error, "make room, or mend what that names")
+        self.held_up = ""
         self._ledger.published(newest.number + 1, held)
         self._pool.remove(taken)
         self._aggregation.keep(done)
@@ -167,11 +168,12 @@ class VersionMaker:
         self._remove_superseded()
         return True
 
-    def _later(self, error: Exception) -> bool:
-        """Say once that no version can be made, and why."""
-        if not self._told_later:
-            log.error("no version can be made of the pool: %s; it is tried again every second", error)
-        self._told_later = True
+    def _later(self, error: Exception, advice: str) -> bool:
+        """Say once that no version can be made, why, and what to do."""
+        told = bool(self.held_up)
+        self.held_up = f"no version can be made of the pool: {error}; it is tried again every second; {advice}"
+        if not told:
+            log.error("%s", self.held_up)
         return False
 
     def _remove_superseded(self) -> None:
