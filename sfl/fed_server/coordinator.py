@@ -276,6 +276,7 @@ class Federation:
     def submit(self, half: Half, state: AdapterState) -> None:
         """Take one half of an update, as `Intake.take` does; the version that it makes possible is made."""
         whole = self._intake.take(half, state, self.finished)
+        self._log_expired(self._pool.crowded_out(half), ", and newer ones are as many as may wait")
         if self._reach is not None and half.half == "device":
             self._roster_file.keep(self.finished)
         if whole and self._maker.make_if_due():
@@ -404,7 +405,7 @@ class Federation:
         log.info("all devices are done; version %s is the last", self.version)
         self.on_change()
 
-    def _log_expired(self, halves: list[Half]) -> None:
+    def _log_expired(self, halves: list[Half], why: str = "") -> None:
         for half in halves:
             self._metrics.write("expired", device=half.device, submission=half.submission, half=half.half)
-            self._ledger.dropped(half, f"only its {half.half} half came")
+            self._ledger.dropped(half, f"only its {half.half} half came{why}")

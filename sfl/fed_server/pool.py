@@ -169,8 +169,8 @@ class Pool:
     def add(self, half: Half, state: AdapterState, rank: int, cut: int) -> bool:
         """Take a half that is new and was checked; True when it makes a whole submission with the one that was there.
 
-        Raises `RefusedError` when the two stem from different versions, `BusyError` while as much of the device waits here as may
-        of one, `AdapterWriteError` when it cannot be kept, and what `accept` raises; nothing has happened then.
+        Raises `RefusedError` when the two stem from different versions, `BusyError` while as many submissions of the device wait for
+        a version as may of one, `AdapterWriteError` when it cannot be kept, and what `accept` raises; nothing has happened then.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
@@ -193,14 +193,7 @@ class Pool:
         return self._take(half, file, rank, cut)
 
     def _require_room(self, half: Half) -> None:
-        """What completes a submission is never held up by this, so halves that wait become fewer."""
-        waiting = sum(key[0] == half.device and pending.header.half == half.half for key, pending in self._pending.items())
-        missing = "edge server" if half.half == "device" else "device"
-        if waiting >= _MOST_WAITING:
-            raise BusyError(
-                f"{waiting} {half.half} halves of submissions of device '{half.device}' wait for the {missing}'s: no more are"
-                f" taken until one of these has come, or they are given up after {self._half_expires_s:g} s (half_expires_s)"
-            )
+        """What completes a submission is never held up by this."""
         whole = len(self._whole.get(half.device, ()))
         if whole >= _MOST_WHOLE:
             raise BusyError(
@@ -293,6 +286,18 @@ class Pool:
             self._drop(half)
         return late
 
+    def crowded_out(self, by: Half) -> list[Half]:
+        """Drop the oldest of a device's halves that wait, those of one side, where there are too many with `by`.
+
+        They are what is given up, and not the new one: a device whose edge server is cut off for long trains on, and what waits
+        longest is the least likely to become whole.
+        """
+        waiting = [each.header for each in self._pending.values() if (each.header.device, each.header.half) == (by.device, by.half)]
+        dropped = waiting[: max(0, len(waiting) - _MOST_WAITING)]
+        for half in dropped:
+            self._drop(half)
+        return dropped
+
     def drop(self, device: str) -> list[Half]:
         """Drop the halves of a device that wait for their other half."""
         dropped = [pending.header for pending in self._pending.values() if pending.header.device == device]
@@ -303,7 +308,7 @@ class Pool:
     def _drop(self, half: Half) -> None:
         _delete(self._pending.pop((half.device, half.submission)).file)
         missing = "edge" if half.half == "device" else "device"
-        log.warning("submission %s of device '%s' is lost: its %s half never came", half.submission, half.device, missing)
+        log.warning("submission %s of device '%s' is given up: its %s half has not come", half.submission, half.device, missing)
 
 
 def _submission(half: Half, file: HalfFile, other: _Pending, rank: int, cut: int) -> Submission:

@@ -206,7 +206,7 @@ def fed_figures(figures: Figures) -> Listener:
     uploads = figures.counter("sfl_uploads", "devices' halves of updates", label)
     refused = figures.counter("sfl_refused", "updates that were not used")
     duplicates = figures.counter("sfl_duplicates", "halves of updates that came again")
-    expired = figures.counter("sfl_expired", "halves of updates whose other half never came")
+    expired = figures.counter("sfl_expired", "halves of updates that were given up, as their other half had not come")
     no_quorum = figures.counter("sfl_no_quorum", "pools that waited too long for a quorum")
     epsilon = figures.gauge("sfl_epsilon", "differential privacy that a device has spent", label)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, device_half, edge_half, total
 from sfl.errors import AdapterError, RefusedError
+from sfl.fed_server import ledger
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import LAYERS, Clock, adapter, device, half, no_file_above, same, started, submit, told
 
@@ -120,6 +122,23 @@ def test_a_half_must_be_exactly_that_half(tmp_path: Path, role: Any, state: Any,
         fed.submit(half(role, "a"), state)
     submit(fed, "a", adapter(1))
     assert fed.version == 1, "a refused half is not remembered"
+
+
+def test_a_device_trains_on_though_its_edge_server_is_cut_off_for_long(tmp_path: Path) -> None:
+    metrics, pool = MetricsWriter(tmp_path / "metrics.jsonl"), tmp_path / "pool"
+    fed = started(tmp_path / "adapters", [device("a")], strategy={"name": "gsfs"}, metrics=metrics, pool=pool)
+    for number in range(1, 21):
+        fed.submit(half("device", "a", f"s/{number}"), device_half(adapter(number), 1))
+    assert len(list(pool.iterdir())) == 16
+    assert [event["submission"] for event in told(tmp_path, "expired")] == ["s/1", "s/2", "s/3", "s/4"]
+    for number in range(1, 21):  # and then all of the edge's come at once
+        fed.submit(half("edge", "a", f"s/{number}"), edge_half(adapter(number), 1))
+    assert (fed.submissions, fed.refused) == (16, 0)
+    fed.close()
+    balance = ledger.check(tmp_path)
+    assert (balance.accepted, balance.counted, balance.problems) == (16, 16, [])
+    dropped = [line["reason"] for line in map(json.loads, (tmp_path / ledger.FILE).open()) if line["event"] == "dropped"]
+    assert dropped == ["only its device half came, and newer ones are as many as may wait"] * 4
 
 
 def test_versions_of_the_halves_are_checked(tmp_path: Path) -> None:
