@@ -1,13 +1,25 @@
-"""What must be on disk before anything rests on it."""
+"""What must be on disk before anything rests on it, and what it means that something there cannot be read."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 UNFINISHED = ".tmp"  # ends the name of a file that is being written; one that is found was left by a process that died
+
+_OF_THE_MOMENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EBUSY}
+
+
+def of_the_moment(error: OSError) -> bool:
+    """Whether a file could not be read for want of something that there may be more of the next time, as of open files or memory.
+
+    That says nothing of the file. Any other error does, as of a bad sector or of rights: it comes again however often the file is
+    read, so whoever needs it goes on without it.
+    """
+    return error.errno in _OF_THE_MOMENT
 
 
 def make_folder(folder: Path) -> None:

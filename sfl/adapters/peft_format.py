@@ -10,6 +10,7 @@ to one rank r for all modules, with a lora_alpha that leaves alpha / r what it w
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -27,7 +28,7 @@ from sfl.adapters.completeness import require_complete
 from sfl.adapters.frozen_rows import Frozen, counts, joined, parted
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import FROZEN_A, FROZEN_B, HEAD, AdapterKey, AdapterState, Array
-from sfl.disk import make_folder, replace_file, sync
+from sfl.disk import make_folder, of_the_moment, replace_file, sync
 from sfl.errors import AdapterError
 
 TENSORS = "adapter_model.safetensors"
@@ -125,17 +126,20 @@ def sweep(parent: Path) -> None:
 def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
     """The adapter in `folder`, all tensors float32, and its layout.
 
-    Raises `AdapterError` when the folder is missing, was not written by sfl, or holds a damaged or incomplete adapter, `OSError`
-    when it cannot be read now, as too many files are open, say.
+    Raises `AdapterError` when the folder is missing, was not written by sfl, or holds an adapter that is damaged, incomplete or not
+    to be read, `OSError` when that is so for the moment, as too many files are open, say.
     """
     layout, frozen = _read_about(folder)
     try:
-        tensors = load_file(folder / TENSORS)
+        with (folder / TENSORS).open("rb"):  # safetensors says of any file that it cannot open that it is not there
+            tensors = load_file(folder / TENSORS)
     except FileNotFoundError as error:
-        if (folder / TENSORS).exists():  # safetensors says this of any file that it cannot open
-            raise OSError(f"{folder / TENSORS} cannot be opened") from error
+        if (folder / TENSORS).exists():  # this one was the last that may be open
+            raise OSError(errno.EMFILE, f"{folder / TENSORS} cannot be opened") from error
         raise AdapterError(f"{folder} holds no {TENSORS}: the adapter is incomplete") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and of_the_moment(error):
+            raise
         raise AdapterError(f"{folder / TENSORS} is damaged: {error}") from error
     state: AdapterState = {}
     for name, value in tensors.items():
@@ -151,7 +155,8 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
 def read_layout(folder: Path) -> AdapterLayout:
     """The layout of the adapter in `folder`, without its tensors.
 
-    Raises `AdapterError` when the folder is missing or was not written by sfl, `OSError` when it cannot be read now.
+    Raises `AdapterError` when the folder is missing, was not written by sfl or is not to be read, `OSError` when that is so for the
+    moment.
     """
     return _read_about(folder).layout
 
@@ -180,7 +185,9 @@ def _read_about(folder: Path) -> _About:
             layer, _, module = name.partition("/")
             frozen[int(layer), module] = int(count)
         return _About(AdapterLayout(lora=LoraSpec(**lora), **fields), frozen)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and of_the_moment(error):
+            raise
         raise AdapterError(f"{path} is damaged: {error!r}") from error
 
 

@@ -55,9 +55,10 @@ async def _serve(settings: FedSettings, node: Node | None, watch: Watch) -> None
     await server.start()
     watch.ready()
     log.info("federation server %s listens on %s", settings.name, address)
+    ticking = _Ticking(federation)
     try:
         while not told.is_set():
-            _tick(federation)
+            ticking.tick()
             await _wait(told, _TICK_S)
     finally:
         await health.stopping()
@@ -78,12 +79,23 @@ async def _serve(settings: FedSettings, node: Node | None, watch: Watch) -> None
         log.info("federation server %s has stopped", settings.name)
 
 
-def _tick(federation: Federation) -> None:
-    """What the machine refuses now, it may not refuse at the next tick."""
-    try:
-        federation.tick()
-    except OSError as error:
-        log.error("%s; it is tried again every second", error)
+class _Ticking:
+    """What the machine refuses now, it may not refuse at the next tick; said once, as long as it is the same."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+        self._told = ""
+
+    def tick(self) -> None:
+        try:
+            self._federation.tick()
+        except OSError as error:
+            if str(error) != self._told:
+                log.error("%s; it is tried again every second", error)
+            log.debug("where that was refused", exc_info=True)
+            self._told = str(error)
+        else:
+            self._told = ""
 
 
 def _show(watch: Watch, federation: Federation, board: StatusBoard) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +19,15 @@ from safetensors.numpy import save_file
 
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import AdapterKey, AdapterState, Array
-from sfl.disk import UNFINISHED, make_folder, replacing
+from sfl.disk import UNFINISHED, make_folder, of_the_moment, replacing
 from sfl.errors import AdapterError
+from sfl.telemetry import log
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"(\d+)-(?:device|edge)" + re.escape(SUFFIX))
 _SUM = "sha256"  # its key in the metadata
 _LENGTH_BYTES = 8  # of the header, at the file's beginning; the tensors follow the header
+_BLOCK = 2**20
 _FLOAT = np.dtype("<f4")
 
 
@@ -41,20 +43,21 @@ _Places = dict[AdapterKey, _Place]
 
 
 class HalfFile:
-    """Half an update that was written to `path`."""
+    """Half an update that was written to `path`; `damaged` once it was found that it cannot be read, now or later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.damaged = False
         self._places: tuple[int, _Places] | None = None  # once tensors were asked for by name, as it is done many times then
 
     def read(self, keys: Collection[AdapterKey] | None = None) -> AdapterState:
         """Its tensors, or those of them that `keys` names.
 
         They are mapped, for reading only: what is not looked at is not read, and the file may be deleted while they are in use.
-        Raises `AdapterError` when the file is missing or damaged, `OSError` when it cannot be read now, as too many files are
-        open, say: that says nothing of what it holds.
+        Raises `AdapterError` when the file is missing, damaged or not to be read, `OSError` when that is so for the moment, as too
+        many files are open, say: that says nothing of what it holds.
         """
-        try:
+        with self._reading():
             with self.path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             found = _places(mapped) if self._places is None else self._places
@@ -66,26 +69,42 @@ class HalfFile:
                 for key, place in places.items()
                 if keys is None or key in keys
             }
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
-            raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
 
     def about(self) -> dict[str, str]:
         """What it says of itself, once the whole file was found to be as it was written. Raises as `read` does."""
+        with self._reading(), self.path.open("rb") as file:
+            while file.read(_BLOCK):  # what the disk cannot give is an error here; where it is mapped, a signal that kills
+                pass
         tensors = {str(key): value for key, value in self.read().items()}
-        try:
-            with self.path.open("rb") as file:
-                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-                about: dict[str, str] = json.loads(file.read(length))["__metadata__"]
+        with self._reading(), self.path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            about: dict[str, str] = json.loads(file.read(length))["__metadata__"]
             told = about.pop(_SUM)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
         if told != _checksum(about, tensors):
+            self.damaged = True
             raise AdapterError(f"half an update in {self.path} is damaged: its checksum is not that of what it holds")
         return about
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raises what `read` raises for what is raised inside."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
+            if isinstance(error, OSError) and of_the_moment(error):
+                raise
+            self.damaged = not isinstance(error, FileNotFoundError)
+            raise AdapterError(f"half an update in {self.path} cannot be read: {error!r}") from error
 
     def delete(self) -> None:
         """Raises `OSError` when it cannot be deleted."""
         self.path.unlink(missing_ok=True)
+
+    def set_aside(self) -> None:
+        """Give a damaged file another name, under which nobody reads it but who looks for what was in it. Raises `OSError`."""
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        self.path.replace(aside)
+        log.error("half an update is kept as %s, and not counted", aside)
 
 
 def _places(mapped: mmap.mmap) -> tuple[int, _Places]:

@@ -93,7 +93,7 @@ class Pool:
     Each half is a file in `folder`, `NUMBER-HALF.safetensors`, numbered in the order of arrival; its metadata are the fields of
     `Half`, with the rank and the cut that the device had. A pool takes up what an earlier one left there, in the same order.
     None of them can stem from a version after `newest`. Without a folder it is a temporary one. Raises `AdapterWriteError` for a
-    folder that cannot be used, `OSError` for a half in it that cannot be read now.
+    folder that cannot be used, `OSError` for a half in it that cannot be read for the moment.
     """
 
     def __init__(
@@ -130,18 +130,17 @@ class Pool:
                 if newest is not None and half.version > newest:
                     raise AdapterError(f"half an update in {file.path} stems from version {half.version}, which is not there")
             except AdapterError as error:
-                aside = file.path.with_name(f"{file.path.name}.damaged")
-                log.error("%s; the file is kept as %s, and not counted", error, aside.name)
-                self._set_aside(file, aside)
+                log.error("%s", error)
+                self._set_aside(file)
                 continue
             if self.knows(half):  # it is in a version, or there twice: the server was killed before it deleted the file
                 _delete(file)
             else:
                 self._take(half, file, rank, cut)
 
-    def _set_aside(self, file: HalfFile, aside: Path) -> None:
+    def _set_aside(self, file: HalfFile) -> None:
         try:
-            file.path.replace(aside)
+            file.set_aside()
         except OSError as error:
             raise AdapterWriteError(f"updates cannot be kept in {self._folder}: {error}") from error
 
@@ -333,8 +332,12 @@ def _read_about(about: Mapping[str, str]) -> tuple[Half, int, int]:
 
 
 def _delete(*files: HalfFile) -> None:
+    """Delete what nothing needs any more; what was found to be damaged is set aside."""
     for file in files:
         try:
-            file.delete()
+            if file.damaged:
+                file.set_aside()
+            else:
+                file.delete()
         except OSError as error:
             log.warning("%s cannot be deleted, though nothing needs it any more: %s", file.path, error)

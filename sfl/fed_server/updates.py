@@ -36,8 +36,8 @@ class Update:
         """delta theta_k, the sum of its submissions, float32; of the tensors named by `keys` alone, those that it has.
 
         Nobody may change the arrays: they are the pool's own, mapped from its files. Parts that are not trained are absent:
-        frozen factors, and A under FFA. Raises `UpdateError` when the pool's files are missing or damaged, `OSError` when they
-        cannot be read now.
+        frozen factors, and A under FFA. Raises `UpdateError` when the pool's files are missing, damaged or not to be read,
+        `OSError` when that is so for the moment.
         """
         try:
             return self.read(keys)

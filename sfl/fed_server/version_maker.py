@@ -139,7 +139,7 @@ class VersionMaker:
             population = self._roster.examples({update.device for update in updates})
             done = self._aggregation.aggregate(newest.state, updates, population)
         except OSError as error:  # says nothing of the updates, which are on disk
-            return self._later(error, "move a file of the pool away that stays unreadable: its update is left out then")
+            return self._later(error)
         except AdapterError as error:  # would come again at every tick
             log.error("the updates of %s are lost: %s", ", ".join(update.device for update in updates), error)
             lost = {update.device: str(error) for update in updates}
@@ -157,7 +157,7 @@ class VersionMaker:
             held = self._contents(taken, done)
             self._store.publish(newest.number + 1, done.state, newest.layout, {**extras, **held.files()})
         except (AdapterWriteError, OSError) as error:
-            return self._later(error, "make room, or mend what that names")
+            return self._later(error)
         self.held_up = ""
         self._ledger.published(newest.number + 1, held)
         self._pool.remove(taken)
@@ -168,11 +168,13 @@ class VersionMaker:
         self._remove_superseded()
         return True
 
-    def _later(self, error: Exception, advice: str) -> bool:
-        """Say once that no version can be made, why, and what to do."""
-        told = bool(self.held_up)
-        self.held_up = f"no version can be made of the pool: {error}; it is tried again every second; {advice}"
-        if not told:
+    def _later(self, error: Exception) -> bool:
+        """Say that no version can be made, why, and what to do; once, as long as it is the same."""
+        told = self.held_up
+        self.held_up = (
+            f"no version can be made of the pool: {error}; it is tried again every second; make room, or mend what that names"
+        )
+        if self.held_up != told:
             log.error("%s", self.held_up)
         return False
 

@@ -265,13 +265,20 @@ def test_a_server_that_is_told_to_stop_finishes_what_is_under_way(tmp_path: Path
     assert ledger.check(tmp_path) == ledger.Balance(accepted=1, counted=1)
 
 
-def test_a_tick_that_the_machine_refuses_does_not_end_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tick_that_the_machine_refuses_does_not_end_the_server_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fed = federation(tmp_path, 1)
 
     def starved() -> None:
         with no_more_files():
             (tmp_path / "any").touch()
 
-    fed.tick = starved  # type: ignore[method-assign]
-    daemon._tick(fed)
-    assert "Too many open files" in caplog.text
+    well, ticking = fed.tick, daemon._Ticking(fed)
+    for said in (1, 2):
+        fed.tick = starved  # type: ignore[method-assign]
+        ticking.tick()
+        ticking.tick()
+        assert caplog.text.count("Too many open files") == said
+        fed.tick = well  # type: ignore[method-assign]
+        ticking.tick()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,36 @@ def test_a_damaged_half_is_set_aside_and_told(tmp_path: Path, content: bytes | N
     again = made(tmp_path)
     assert again.counts() == {} and again.halves() == {("a", "1")} and not again.knows(half("device", "a"))
     assert "00000002-device.safetensors.damaged, and not counted" in caplog.text
+    assert {each.name for each in tmp_path.iterdir()} == {"00000001-edge.safetensors", f"{path.name}.damaged"}
+
+
+def test_a_half_that_the_disk_does_not_give_is_set_aside_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The way to it, its header and its mapping are good; in memory that is mapped the bad sector would end the process."""
+    add(made(tmp_path), "a", adapter(1))
+    opened, path = Path.open, tmp_path / "00000002-device.safetensors"
+
+    class Failing:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *arguments: Any) -> None:
+            self.file.close()
+
+        def fileno(self) -> int:
+            return int(self.file.fileno())
+
+        def read(self, size: int) -> bytes:
+            if self.file.tell() + size > path.stat().st_size:
+                raise OSError(errno.EIO, "Input/output error")
+            return bytes(self.file.read(size))
+
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: Failing(opened(self, *a, **k)) if self == path else opened(self, *a, **k))
+    assert made(tmp_path).halves() == {("a", "1")} and "Input/output error" in caplog.text
     assert {each.name for each in tmp_path.iterdir()} == {"00000001-edge.safetensors", f"{path.name}.damaged"}
 
 

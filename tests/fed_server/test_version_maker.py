@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from sfl.adapters.state import device_half, edge_half, total
 from sfl.fed_server import ledger
+from sfl.fed_server.aggregation import Aggregated
 from sfl.telemetry import MetricsWriter
 from tests.fed_server.made import (
     PLACEMENT,
@@ -122,14 +125,65 @@ def test_an_update_that_can_never_be_aggregated_is_refused_and_takes_no_other_wi
     assert fed.version == 1 and all(np.allclose(value, half_of_b[key]) for key, value in fed.fetch("a", 1).items())
     (event,) = told(tmp_path, "refused")
     assert fed.refused == 1 and event["device"] == "a" and "cannot be read" in event["reason"]
-    assert not list(pool.iterdir())
+    aside = ["00000003-device.safetensors.damaged"]
+    assert [path.name for path in pool.iterdir()] == aside
     fed.submit(half("device", "a", "2", 1), device_half(adapter(1), 1))
     next(pool.glob("*-device.safetensors")).write_bytes(b"the disk is failing")
     fed.leave("b")
     fed.submit(half("edge", "a", "2", 1), edge_half(adapter(1), 1))
     assert (fed.version, fed.refused) == (1, 2), "nobody waits for a version that would be the same"
     submit(fed, "a", adapter(1), "3", version=1)
-    assert (fed.version, fed.refused) == (2, 2) and not list(pool.iterdir())
+    assert (fed.version, fed.refused) == (2, 2)
+    assert sorted(path.name for path in pool.iterdir()) == [*aside, "00000005-device.safetensors.damaged"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_file_of_the_pool_that_can_never_be_read_is_set_aside_and_the_others_go_on(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = Path.open
+
+    def failing(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == "00000001-device.safetensors":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", failing)
+    members = [device(name) for name in "abc"]
+    fed = started(tmp_path / "adapters", members, strategy={"quorum": 1.0}, pool=tmp_path / "pool")
+    for seed, name in enumerate("abc"):
+        submit(fed, name, adapter(seed))
+    assert (fed.version, fed.refused, fed.pooled(), fed.held_up) == (1, 1, [], "")
+    assert os.strerror(number) in caplog.text
+    assert [path.name for path in (tmp_path / "pool").iterdir()] == ["00000001-device.safetensors.damaged"]
+    fed.close()
+    assert ledger.check(tmp_path) == ledger.Balance(accepted=3, counted=2, refused=1)
+
+
+def test_each_reason_for_which_no_version_can_be_made_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fed = started(tmp_path, [device("a")], strategy={"name": "gsfs", "min_steps": 1})
+    obstacle = tmp_path / "v1"
+    obstacle.mkdir()
+    submit(fed, "a", adapter(1))
+    fed.tick()
+    assert caplog.text.count("no version can be made") == 1
+    taken = fed._maker._aggregation
+
+    def refusing(*arguments: Any) -> Any:
+        raise OSError(errno.EMFILE, "another reason")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taken, "aggregate", refusing)
+        fed.tick()
+        fed.tick()
+    assert caplog.text.count("no version can be made") == 2 and caplog.text.count("another reason") == 1
+    lost = Aggregated(adapter(0), taken.server_state, rejected={"a": "it was not used"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taken, "aggregate", lambda *arguments: lost)
+        fed.tick()
+    assert (fed.version, fed.refused, fed.held_up) == (0, 1, "")
+    submit(fed, "a", adapter(1), "2")
+    assert caplog.text.count("no version can be made") == 3, "another pool, and told anew"
 
 
 def test_a_version_that_cannot_be_written_is_tried_again_with_nothing_lost(
