@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from sfl.disk import replace_file
+from sfl.disk import of_the_moment, replace_file
 from sfl.errors import StateError, StateWriteError
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -45,10 +45,16 @@ def write_state(path: Path, document: Mapping[str, Any], tensors: Mapping[str, n
 
 
 def read_state(path: Path) -> tuple[Document, Tensors]:
-    """The document and the tensors of `path`. Raises `StateError` for a file that is missing, damaged or another kind's."""
+    """The document and the tensors of `path`.
+
+    Raises `StateError` for a file that is missing, damaged, not to be read or another kind's, `OSError` for one that cannot be read
+    for the moment: that says nothing of it.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
+        if of_the_moment(error):
+            raise
         raise StateError(f"{path} cannot be read: {error.strerror or error}") from error
     body, found = memoryview(data)[:-_SUM_BYTES], data[-_SUM_BYTES:]
     if hashlib.sha256(body).digest() != found:

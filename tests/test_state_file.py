@@ -14,7 +14,7 @@ from sfl import disk
 from sfl.disk import UNFINISHED
 from sfl.errors import StateError, StateWriteError
 from sfl.state_file import read_state, write_state
-from tests.fed_server.made import no_file_above
+from tests.fed_server.made import no_file_above, no_more_files
 
 DOCUMENT: dict[str, Any] = {
     "step": 3,
@@ -69,6 +69,16 @@ def test_no_byte_can_change_or_be_missing_unnoticed(path: Path) -> None:
             read_state(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(StateError, match="is damaged"):
+        read_state(path)
+
+
+def test_what_cannot_be_read_for_a_moment_is_not_called_damaged(path: Path) -> None:
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        read_state(path)
+    assert read_state(path)[0] == DOCUMENT
+    path.unlink()
+    path.symlink_to(path)  # an error that comes each time
+    with pytest.raises(StateError, match=r"some.state cannot be read: Too many levels"):
         read_state(path)
 
 

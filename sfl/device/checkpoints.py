@@ -213,7 +213,7 @@ def kept_cut(folder: Path) -> int | None:
     for path in sorted(folder.glob("checkpoint-*.state")):
         try:
             cut = read_state(path)[0]["identity"]["cut"]
-        except (StateError, KeyError, TypeError):
+        except (StateError, OSError, KeyError, TypeError):
             continue  # whoever opens the folder says what is wrong
         if isinstance(cut, int):
             return cut

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from sfl.device.trainer import WentBack
-from sfl.errors import SessionLostError, UnreachableError, WireError
+from sfl.errors import BusyError, SessionLostError, UnreachableError, WireError
 from sfl.identity.node import Node
 from sfl.telemetry import log
 from sfl.v1 import split_pb2 as pb
@@ -37,6 +37,7 @@ from sfl.wire.split import (
 from sfl.wire.tensors import RawTensor
 
 PEER = "the edge server"
+_FIRST_PAUSE_S = 0.2
 
 
 class GrpcEdgeLink:
@@ -44,7 +45,9 @@ class GrpcEdgeLink:
 
     A stream that breaks is opened again under the same session and the last request repeated; the edge answers a step,
     submission or adoption that it has already done without doing it twice. `give_up_s` bounds how long that is tried without a
-    word from the edge; how long that takes for an answer, with its heartbeats, does not count.
+    word from the edge; how long that takes for an answer, with its heartbeats, does not count. A stream that broke after the edge
+    had begun to answer is the first one to do so, and an edge that says that it is busy with what it has from this device is
+    asked until it is not.
     `on_edge` hears the edge server's name whenever a stream was opened. `held` tells which checkpoints of the session this device
     has, and so can go back to. What is raised, `EdgeLink` says.
     """
@@ -67,6 +70,7 @@ class GrpcEdgeLink:
         self._begins: Standing | None = Standing()  # as the session begins, until the edge has changed something in it
         self._restored = False  # this process has a session of an earlier one, and the edge has not heard of that yet
         self._stream: _Stream | None = None
+        self._answers = False  # the edge has said anything since it was asked
         self._heard = 0.0  # when the edge said anything last
         self._on_edge = on_edge
         self._channel = dial(address, PEER, wait_s, node, "edge")
@@ -157,20 +161,25 @@ class GrpcEdgeLink:
 
     def _ask(self, message: DeviceMessage | None, tensors: Sequence[RawTensor] = ()) -> tuple[EdgeMessage, list[RawTensor]]:
         """The answer to `message`, or to opening the session if there is none."""
-        gone, pause = 0.0, 0.2
+        gone, pause = 0.0, _FIRST_PAUSE_S
         while True:
             self._heard = time.monotonic()
+            asked = False
             try:
                 if self._stream is None:
                     opened = self._open()
                     if message is None:
                         return opened, []
                 if message is not None and self._stream is not None:
+                    asked, self._answers = True, False
                     return self._stream.exchange(_fresh(message), tensors)
             except UnreachableError as error:
                 self._end_stream()
-                gone += time.monotonic() - self._heard
-                if gone + pause > self._give_up_s:
+                busy = asked and error.number == BusyError.number
+                if asked and self._answers and error.number == UnreachableError.number:  # the way broke, and had been mended
+                    gone, pause = 0.0, _FIRST_PAUSE_S
+                gone = 0.0 if busy else gone + time.monotonic() - self._heard
+                if gone + pause > self._give_up_s and not busy:
                     raise gave_up(error, gone) from error
                 log.warning("%s; opening the session again in %.1f s", error, pause)
             time.sleep(pause)
@@ -178,6 +187,7 @@ class GrpcEdgeLink:
 
     def _hear(self) -> None:
         self._heard = time.monotonic()
+        self._answers = True
 
     def _open(self) -> EdgeMessage:
         """Open a stream. Raises `WentBack` or `SessionLostError` when the edge knows less than this device has done."""

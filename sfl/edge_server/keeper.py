@@ -36,7 +36,7 @@ class Keeper:
     def restored(self, request: SessionRequest, standing: Standing) -> Session | None:
         """The session as of its checkpoint; None if there is none, or none that the device holds too.
 
-        Raises `RefusedError` when this edge is not any more what it was.
+        Raises `RefusedError` when this edge is not any more what it was, `OSError` when its file cannot be read for the moment.
         """
         kept = None if self._files is None else self._files.read(request.device)
         if kept is None or kept.request.session != request.session:

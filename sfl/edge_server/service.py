@@ -77,17 +77,34 @@ class SplitService(SplitTrainingServicer):
         self._keep_s = keep_s
         self._name = name
         self._limits = limits or LimitSettings()
-        self._uploads = HalfUploads(federation)
+        self._uploads = HalfUploads(federation, keep_s)
         self._files = files
+        self._kept_read = False  # all files, for the halves in them
+        self._told_unread = ""
         self._keeper = Keeper(engine, self._uploads, files)
         self._stopping = asyncio.Event()
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
 
     def send_kept(self) -> None:
-        """Begin to send the halves that an earlier edge server had taken and not sent, as its files say."""
-        for half in self._files.halves() if self._files is not None else ():
-            self._uploads.start(half)
+        """Begin to send the halves that an earlier edge server had taken and not sent, as its files say.
+
+        When one of these cannot be read for the moment, they are tried again, and before any device opens a session, as that
+        writes its file anew.
+        """
+        try:
+            self._read_kept()
+        except OSError as error:
+            if str(error) != self._told_unread:
+                log.error("halves of sessions on disk cannot be read: %s; they are tried again every %g s", error, _AGAIN_S)
+            self._told_unread = str(error)
+
+    def _read_kept(self) -> None:
+        """Begin to send those halves, unless that was done. Raises `OSError`."""
+        if self._files is not None and not self._kept_read:
+            for half in self._files.halves():
+                self._uploads.start(half)
+        self._kept_read = True
 
     def begin_anew(self) -> None:
         """The federation is another one: its versions are others, and halves that were taken for the last are of no use."""
@@ -99,8 +116,9 @@ class SplitService(SplitTrainingServicer):
         self._stopping.set()
 
     async def sweep_hourly(self, keep_s: float) -> None:
-        """Delete, now and then, the files of devices that have not been here for so long; never ends."""
+        """Delete, now and then, the files and halves of devices that have not been here for so long; never ends."""
         while self._files is not None:
+            self._uploads.sweep(keep_s, self._engine.devices())
             try:
                 await asyncio.to_thread(self._files.sweep, keep_s, self._engine.devices())
             except OSError as error:
@@ -111,6 +129,7 @@ class SplitService(SplitTrainingServicer):
         """Send halves, as soon as that is possible, that could not be sent when it was their time; never ends."""
         while True:
             await asyncio.sleep(_AGAIN_S)
+            self.send_kept()
             self._uploads.start_unsent()
 
     async def Train(
@@ -186,6 +205,7 @@ class SplitService(SplitTrainingServicer):
         if stream.session is not None:
             raise WireError("a stream speaks for one session, and this one has opened it before")
         request, standing = open_from_wire(message), standing_from_wire(message)
+        self._read_kept()
         session = None if standing.restored else self._engine.resume(request)
         self._require_room(request)
         if session is not None:
@@ -279,6 +299,7 @@ class SplitService(SplitTrainingServicer):
             loop.call_soon_threadsafe(self._uploads.start, half)  # even if the device is gone by now
 
         if not self._uploads.knows(device, message.submission):
+            self._uploads.require_room(device)
             await self._in(session, take)
             self._metrics.write("submit", device=device, submission=message.submission, version=message.version)
         return EdgeMessage(submitted=split_pb2.HalfTaken(submission=message.submission)), []

@@ -55,12 +55,15 @@ class SessionFiles:
         write_state(self._path(session.request.device), document, tensors)
 
     def read(self, device: str) -> KeptSession | None:
-        """What is kept of a device; None if there is nothing, or, which is logged, nothing that can be used."""
+        """What is kept of a device; None if there is nothing, or, which is logged, nothing that can be used.
+
+        Raises `OSError` when it cannot be read for the moment.
+        """
         path = self._path(device)
         return self._read(path) if path.exists() else None
 
     def halves(self) -> Iterator[TakenHalf]:
-        """Those of all devices that may not have been sent yet."""
+        """Those of all devices that may not have been sent yet. Raises as `read` does."""
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
             kept = self._read(path)
             if kept is not None:

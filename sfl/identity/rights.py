@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sfl.errors import RightsError, SflError, UnreachableError
+from sfl.errors import RightsError, SflError, UnknownMemberError
 from sfl.identity.identity import Identity, Role, called
 from sfl.v1 import federation_pb2
 
@@ -22,7 +22,7 @@ _WIRE_ROLES: dict[Role, int] = {"device": federation_pb2.DEVICE, "edge": federat
 
 def refusal(method: str, who: Identity, request: Any, serves: Serves) -> SflError | None:
     """Why `who` may not send `request`, a message to `method` ("/sfl.v1.Federation/Join"): a `RightsError`, or an
-    `UnreachableError` where it may later. None where it may.
+    `UnknownMemberError` where it may later. None where it may.
 
     To be asked for every message of a stream that is not a mere piece of the one before.
     """
@@ -65,7 +65,7 @@ def _submit(who: Identity, request: Any, serves: Serves) -> SflError | None:
         return RightsError(f"{who} sent no half of an update")
     served = serves(update.device, who.name)
     if served is None:
-        return UnreachableError(f"device {_quoted(update.device)} has not said yet which edge server it has a session with")
+        return UnknownMemberError(f"device {_quoted(update.device)} has not said yet which edge server it has a session with")
     return None if served else RightsError(f"{who} cannot submit for device {_quoted(update.device)}, which has no session there")
 
 

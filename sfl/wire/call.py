@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from sfl.connection_settings import LimitSettings
-from sfl.errors import BusyError, LimitError, RightsError, SflError, UnreachableError, WireError
+from sfl.errors import BusyError, LimitError, RightsError, SflError, UnknownMemberError, WireError
 from sfl.identity.peer import Peer
 from sfl.identity.rights import Serves, refusal
 from sfl.wire.limits import Allowance, Inflow, is_chunk
@@ -21,7 +21,7 @@ _CODES: dict[type[SflError], grpc.StatusCode] = {
     LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     BusyError: grpc.StatusCode.UNAVAILABLE,
     WireError: grpc.StatusCode.INVALID_ARGUMENT,
-    UnreachableError: grpc.StatusCode.UNAVAILABLE,
+    UnknownMemberError: grpc.StatusCode.UNAVAILABLE,
 }
 
 

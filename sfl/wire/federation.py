@@ -122,7 +122,8 @@ class FederationClient:
     def submit(self, header: pb.UpdateHeader, state: AdapterState) -> bool:
         """Send one half of an update; sent again, it counts once. A device's says how many of its tries have failed.
 
-        Whether the server has the other half, too.
+        Whether the server has the other half, too. An edge server's half of a device that is not known there (any more) is not
+        tried again: `UnknownMemberError`.
         """
         message = pb.AdapterMessage(update=header)
         started, tries = time.monotonic(), 0
@@ -132,7 +133,12 @@ class FederationClient:
             if tries and header.half == pb.DEVICE:
                 message.update.link.failures = tries
             tries += 1
-            reply: pb.SubmitReply = self._stub.Submit(self._frames(message, state), timeout=CALL_S)
+            try:
+                reply: pb.SubmitReply = self._stub.Submit(self._frames(message, state), timeout=CALL_S)
+            except grpc.RpcError as error:
+                if header.half == pb.EDGE and number_of(error) == UnknownMemberError.number:
+                    raise UnknownMemberError(str(error_from(error, PEER))) from error
+                raise
             return reply.whole
 
         whole = self._retry(call)

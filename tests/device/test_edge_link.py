@@ -100,6 +100,21 @@ def test_the_time_that_an_answer_takes_is_no_time_without_an_edge(
     assert len(edge.federation.submitted) == 1 and net.connections == 2
 
 
+def test_a_way_that_breaks_now_and_then_is_each_time_the_first(
+    edge: ServedEdge, net: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.05)
+    edge.federation.open.clear()
+    with linked(edge, net.address, give_up_s=0.5) as link:
+        step(edge, link, 1)
+        link.submit("s/1", 0)
+        for after_s in (0.3, 0.9, 1.5):
+            threading.Timer(after_s, net.cut).start()
+        threading.Timer(2.0, edge.federation.open.set).start()
+        link.close()
+    assert len(edge.federation.submitted) == 1 and net.connections == 4
+
+
 def test_a_lost_answer_is_asked_for_again_without_training_twice(
     edge: ServedEdge, net: Network, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

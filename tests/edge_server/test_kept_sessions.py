@@ -23,6 +23,7 @@ from sfl.errors import RefusedError, SessionLostError, StateWriteError, Unreacha
 from sfl.telemetry import MetricsWriter
 from sfl.wire.split import SessionRequest, TrainingRules
 from tests.edge_server.made import Halves, RecordingFederation, ServedEdge, eventually, served
+from tests.fed_server.made import no_more_files
 from tests.metrics import events
 
 STEPS = 8
@@ -244,6 +245,64 @@ def test_a_half_that_could_not_be_sent_is_sent_though_its_device_only_waits(
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait({task})
+
+
+def starving(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, no state can be read, as too many files are open."""
+    real, room = session_files.read_state, threading.Event()
+
+    def read(path: Path) -> Any:
+        if not room.is_set():
+            with no_more_files():
+                return real(path)
+        return real(path)
+
+    monkeypatch.setattr(session_files, "read_state", read)
+    return room
+
+
+def test_a_session_that_cannot_be_read_for_a_moment_is_not_lost(edge: ServedEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    with linked(edge, 1) as link:
+        found = [step(edge, link, number, checkpoint=2 if number == 2 else 0) for number in (1, 2)]
+        restart(edge)
+        room = starving(monkeypatch)
+        threading.Timer(0.3, room.set).start()
+        with pytest.raises(WentBack) as back:
+            step(edge, link, 3)
+        assert room.is_set() and back.value.checkpoint == 2
+        found[1:] = [step(edge, link, 2), step(edge, link, 3)]
+    assert found == undisturbed(edge)[:3]
+
+
+def test_halves_that_cannot_be_read_for_a_moment_are_sent_all_the_same(
+    edge: ServedEdge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    edge.federation.open.clear()
+    with linked(edge, 1) as link:
+        step(edge, link, 1)
+        link.submit("s/1", 0, checkpoint=2)
+        replace_federation(edge)
+        room = starving(monkeypatch)
+        restart(edge)
+        assert caplog.text.count("they are tried again every") == 1 and not edge.federation.submitted
+        threading.Timer(0.3, room.set).start()
+        step(edge, link, 2, checkpoint=3)  # the file is written anew, and has to have the half by then
+    eventually(lambda: [header.submission for header, _ in edge.federation.submitted] == ["s/1"])
+
+
+def test_a_device_outlives_an_edge_that_is_busy_with_what_it_cannot_send(
+    edge: ServedEdge, caplog: pytest.LogCaptureFixture
+) -> None:
+    edge.federation.open.clear()
+    threading.Timer(1.5, edge.federation.open.set).start()
+    with linked(edge, 1, give_up_s=0.5) as link:
+        step(edge, link, 1)
+        for number in range(1, 21):
+            link.submit(f"s/{number}", 0, checkpoint=number + 1)
+            assert edge.federation.open.is_set() == (number > 16)
+    assert "16 halves of submissions of device-1 wait here" in caplog.text
+    eventually(lambda: len(edge.federation.submitted) == 20)
+    assert [header.submission for header, _ in edge.federation.submitted] == [f"s/{number}" for number in range(1, 21)]
 
 
 def test_a_device_that_waits_sees_that_its_edge_is_another(

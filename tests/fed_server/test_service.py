@@ -22,7 +22,7 @@ import pytest
 from sfl.adapters import peft_format
 from sfl.adapters.peft_format import AdapterWriteError
 from sfl.adapters.state import HEAD, AdapterKey, AdapterState, device_half, edge_half, total, trained_part
-from sfl.errors import RefusedError, WireError
+from sfl.errors import RefusedError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.messages import half_from_wire, member_from_wire
 from sfl.fed_server.pool import Half
@@ -136,6 +136,15 @@ def test_a_whole_federation_over_grpc(tmp_path: Path) -> None:
         assert service.traffic.sent == edge.traffic.received + a.traffic.received + b.traffic.received > 0
     state, layout = peft_format.read(tmp_path / "v1")
     assert same(state, result) and layout.labels == ("benign", "scan") and layout.columns == ("proto",)
+
+
+def test_an_edge_servers_half_of_a_device_that_nobody_knows_is_not_tried_on(tmp_path: Path) -> None:
+    with serving(federation(tmp_path, 1)) as (address, _), clients(address, "edge") as (edge,):
+        edge.join(join_request("edge", pb.EDGE))
+        begun = time.monotonic()
+        with pytest.raises(UnknownMemberError, match="'a' has not joined"):
+            edge.submit(update("a", pb.EDGE), edge_half(adapter(1), 1))
+        assert time.monotonic() - begun < 5
 
 
 def test_an_adapter_of_many_chunks_arrives_whole(tmp_path: Path) -> None:

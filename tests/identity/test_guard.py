@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import grpc
 import pytest
 
 from sfl.adapters.state import device_half, edge_half
-from sfl.errors import RefusedError, UnreachableError
+from sfl.errors import RefusedError, UnknownMemberError, UnreachableError
 from sfl.identity.node import Node
 from sfl.v1 import federation_pb2 as pb
 from sfl.v1 import provision_pb2
@@ -214,14 +213,14 @@ def test_an_edge_submits_only_for_devices_that_have_a_session_there(certificates
             with dialled(address, nodes["edge-1"]) as channel:
                 status, why = refused(lambda: FederationStub(channel).Submit(half("pi-1", pb.EDGE), timeout=5))
                 assert status == "UNAVAILABLE" and "'pi-1' has not said yet which edge server" in why
-            early = threading.Thread(target=edge_1.submit, args=(update("pi-1", pb.EDGE), other))
-            early.start()
+            with pytest.raises(UnknownMemberError, match="'pi-1' has not said yet"):
+                edge_1.submit(update("pi-1", pb.EDGE), other)
             pi_1.served_by("edge-1")
             with pytest.raises(RefusedError, match="edge server 'edge-2' cannot submit for device 'pi-1'") as raised:
                 edge_2.submit(update("pi-1", pb.EDGE), other)
             assert raised.value.number == 804
-            early.join(10)
-            assert not early.is_alive() and fed.submissions == 1
+            edge_1.submit(update("pi-1", pb.EDGE), other)
+            assert fed.submissions == 1
             pi_1.served_by("edge-2")  # it moves, and what it did before still counts
             for submission, edge in (("2", edge_1), ("3", edge_2)):
                 edge.submit(update("pi-1", pb.EDGE, submission=submission), other)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sfl.errors import RightsError, UnreachableError
+from sfl.errors import RightsError, UnknownMemberError
 from sfl.identity.identity import ROLES, Identity
 from sfl.identity.rights import _RULES, refusal
 from sfl.v1 import federation_pb2, provision_pb2, split_pb2
@@ -94,7 +94,7 @@ def test_who_may_call_what(method: str, request_: Any, allowed: tuple[Identity, 
 
 def test_an_edge_is_asked_to_come_again_while_a_device_has_not_said_whose_it_is() -> None:
     error = refusal(FEDERATION + "Submit", EDGE_1, update(EDGE, "pi-3"), serves)
-    assert isinstance(error, UnreachableError)
+    assert isinstance(error, UnknownMemberError)
     assert "has not said yet" in str(error)
 
 
