@@ -49,8 +49,9 @@ def test_settings_are_taken(guide: Path) -> None:
 
 @each_guide
 def test_commands_and_their_options_exist(guide: Path) -> None:
-    group = typer.main.get_command(app)
-    for name, *arguments in commands(guide):
+    group, found = typer.main.get_command(app), commands(guide)
+    assert found
+    for name, *arguments in found:
         command = group.commands[name]  # type: ignore[attr-defined]  # it is a group
         if hasattr(command, "commands"):
             command = command.commands[arguments.pop(0)]

@@ -70,7 +70,7 @@ def test_a_way_that_is_silent_for_three_seconds_costs_three_seconds(tmp_path: Pa
             daemons[DEVICE].until(has_done(before + ROUND + 2))
             lost.append(time.monotonic() - begun)
         finish(daemons, steps)
-    assert all(cut_s < each < cut_s + 2 for each in lost), lost
+    assert all(cut_s < each < 3 * cut_s for each in lost), lost  # a stream that is given up for lost costs 20 s
 
 
 def unplug(machines: Machines) -> Callable[[], None]:

@@ -30,6 +30,13 @@ def locked(name: str, machine: str) -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 
+def shown_limits() -> LimitSettings:
+    """What the page on systemd has a server's settings say."""
+    _, _, section = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8").partition("## Without containers: systemd")
+    (shown,) = re.findall(r"^```toml\n(.*?)^```", section.partition("\n## ")[0], re.M | re.S)
+    return LimitSettings.model_validate(tomllib.loads(shown)["limits"])
+
+
 def required(machine: str, *extras: str, python: str = "3.11") -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
@@ -102,7 +109,8 @@ def test_units_are_valid_and_hardened(unit: Path, tmp_path: Path) -> None:
     assert service["StateDirectory"] == f"sfl/{role}"
     assert (service["User"], service["Restart"], service["RestartPreventExitStatus"]) == ("sfl", "on-failure", "2")
     assert (service["NoNewPrivileges"], service["ProtectSystem"], service["CapabilityBoundingSet"]) == ("yes", "strict", "")
-    assert service["MemoryMax"].endswith(("M", "G"))
+    memory = int(service["MemoryMax"][:-1]) * {"M": 2**20, "G": 2**30}[service["MemoryMax"][-1]]
+    assert role == "device" or 2 * shown_limits().in_flight_mb * 1e6 <= memory / 2, "of two nodes"
     assert role == "device" or int(service["LimitNOFILE"]) > LimitSettings().connections
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
