@@ -47,8 +47,8 @@ def write_state(path: Path, document: Mapping[str, Any], tensors: Mapping[str, n
 def read_state(path: Path) -> tuple[Document, Tensors]:
     """The document and the tensors of `path`.
 
-    Raises `StateError` for a file that is missing, damaged, not to be read or another kind's, `OSError` for one that cannot be read
-    for the moment: that says nothing of it.
+    Raises `StateError` for a file that is missing, damaged, not to be read or another kind's, `OSError` for one that cannot be
+    read for the moment: that says nothing of it.
     """
     try:
         data = path.read_bytes()

@@ -126,8 +126,8 @@ def sweep(parent: Path) -> None:
 def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
     """The adapter in `folder`, all tensors float32, and its layout.
 
-    Raises `AdapterError` when the folder is missing, was not written by sfl, or holds an adapter that is damaged, incomplete or not
-    to be read, `OSError` when that is so for the moment, as too many files are open, say.
+    Raises `AdapterError` when the folder is missing, was not written by sfl, or holds an adapter that is damaged, incomplete or
+    not to be read, `OSError` when that is so for the moment, as too many files are open, say.
     """
     layout, frozen = _read_about(folder)
     try:
@@ -155,8 +155,8 @@ def read(folder: Path) -> tuple[AdapterState, AdapterLayout]:
 def read_layout(folder: Path) -> AdapterLayout:
     """The layout of the adapter in `folder`, without its tensors.
 
-    Raises `AdapterError` when the folder is missing, was not written by sfl or is not to be read, `OSError` when that is so for the
-    moment.
+    Raises `AdapterError` when the folder is missing, was not written by sfl or is not to be read, `OSError` when that is so for
+    the moment.
     """
     return _read_about(folder).layout
 

@@ -11,12 +11,22 @@ from sfl.wire.split import SessionRequest, Standing
 
 
 class Keeper:
-    """Called by the worker alone, as all that changes sessions. Without `files` checkpoints are only counted."""
+    """Called by the worker alone, as all that changes sessions, but for `send_kept`. Without `files` checkpoints are only
+    counted."""
 
     def __init__(self, engine: EdgeEngine, uploads: HalfUploads, files: SessionFiles | None) -> None:
         self._engine = engine
         self._uploads = uploads
         self._files = files
+        self._sent_kept = False
+
+    def send_kept(self) -> None:
+        """Begin to send the halves in all files, once; on the event loop, and before any session is opened, as that writes a file
+        anew. Raises `OSError` when one cannot be read for the moment: then they have to be asked for again."""
+        if self._files is not None and not self._sent_kept:
+            for half in self._files.halves():
+                self._uploads.start(half)
+        self._sent_kept = True
 
     def keep(self, session: Session, checkpoint: int, *taken: TakenHalf) -> None:
         """Write a checkpoint with the halves that are not sent yet, unless it is the one that is there, or 0.

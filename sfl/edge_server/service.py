@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -79,32 +80,18 @@ class SplitService(SplitTrainingServicer):
         self._limits = limits or LimitSettings()
         self._uploads = HalfUploads(federation, keep_s)
         self._files = files
-        self._kept_read = False  # all files, for the halves in them
-        self._told_unread = ""
         self._keeper = Keeper(engine, self._uploads, files)
         self._stopping = asyncio.Event()
         self._streams: dict[str, object] = {}  # device -> the stream that speaks for it
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # device -> when the session that no stream speaks for ends
 
     def send_kept(self) -> None:
-        """Begin to send the halves that an earlier edge server had taken and not sent, as its files say.
-
-        When one of these cannot be read for the moment, they are tried again, and before any device opens a session, as that
-        writes its file anew.
-        """
+        """Begin to send the halves that an earlier edge server had taken and not sent, as its files say; `send_again` goes on
+        with it where these cannot be read for the moment."""
         try:
-            self._read_kept()
+            self._keeper.send_kept()
         except OSError as error:
-            if str(error) != self._told_unread:
-                log.error("halves of sessions on disk cannot be read: %s; they are tried again every %g s", error, _AGAIN_S)
-            self._told_unread = str(error)
-
-    def _read_kept(self) -> None:
-        """Begin to send those halves, unless that was done. Raises `OSError`."""
-        if self._files is not None and not self._kept_read:
-            for half in self._files.halves():
-                self._uploads.start(half)
-        self._kept_read = True
+            log.error("halves of sessions on disk cannot be read: %s; they are tried again every %g s", error, _AGAIN_S)
 
     def begin_anew(self) -> None:
         """The federation is another one: its versions are others, and halves that were taken for the last are of no use."""
@@ -129,7 +116,8 @@ class SplitService(SplitTrainingServicer):
         """Send halves, as soon as that is possible, that could not be sent when it was their time; never ends."""
         while True:
             await asyncio.sleep(_AGAIN_S)
-            self.send_kept()
+            with contextlib.suppress(OSError):  # which was said
+                self._keeper.send_kept()
             self._uploads.start_unsent()
 
     async def Train(
@@ -205,7 +193,7 @@ class SplitService(SplitTrainingServicer):
         if stream.session is not None:
             raise WireError("a stream speaks for one session, and this one has opened it before")
         request, standing = open_from_wire(message), standing_from_wire(message)
-        self._read_kept()
+        self._keeper.send_kept()
         session = None if standing.restored else self._engine.resume(request)
         self._require_room(request)
         if session is not None:

@@ -43,8 +43,9 @@ class HalfUploads:
     """Sends halves on, several at once but one of each device, in their order; called on one event loop, but for `unsent`.
 
     A half is here until the federation server has it or refuses it. One that could not be sent in the client's time waits, with
-    those behind it, for `start_unsent`, the device's next one, or the end of its session. A device that the federation server does
-    not know (any more) may join again: its halves are tried for `unknown_s`, without a thread, and then wait for the device alone.
+    those behind it, for `start_unsent`, the device's next one, or the end of its session. A device that the federation server
+    does not know (any more) may join again: its halves are tried for `unknown_s`, without a thread, and then wait for the device
+    alone.
     """
 
     def __init__(self, federation: FederationClient, unknown_s: float = 300.0) -> None:
@@ -115,7 +116,9 @@ class HalfUploads:
         """Drop what could not be sent for more than `keep_s` seconds, and is of none of these devices."""
         now = time.monotonic()
         for device, submission in [key for key, since in self._since.items() if now - since > keep_s and key[0] not in in_use]:
-            log.warning("the edge's half of %s's submission %s could not be sent for %g s: it is lost", device, submission, keep_s)
+            log.warning(
+                "the edge's half of %s's submission %s could not be sent for %g s: it is lost", device, submission, keep_s
+            )
             self._forget((device, submission))
 
     def _forget(self, key: tuple[str, str]) -> None:
@@ -140,8 +143,8 @@ class HalfUploads:
                 raise RefusedError(f"a submitted half did not reach the federation server: {error}")
 
     async def _send(self, half: TakenHalf) -> SflError | None:
-        """Send a half on when its turn has come; returns what kept it from arriving, as nobody asks a device's last upload when it
-        never closes."""
+        """Send a half on when its turn has come; returns what kept it from arriving, as nobody asks a device's last upload when
+        it never closes."""
         line = self._lines.setdefault(half.device, _Line())
         failures = line.failures
         async with line.turn:
@@ -165,7 +168,9 @@ class HalfUploads:
                 return None
             except UnknownMemberError as error:
                 if time.monotonic() - began + pause > self._unknown_s:
-                    log.error("the edge's half of %s's submission %s waits for its device: %s", half.device, half.submission, error)
+                    log.error(
+                        "the edge's half of %s's submission %s waits for its device: %s", half.device, half.submission, error
+                    )
                     return error
                 log.warning("%s; trying again in %.1f s", error, pause)
             except UnreachableError as error:

@@ -54,8 +54,8 @@ class HalfFile:
         """Its tensors, or those of them that `keys` names.
 
         They are mapped, for reading only: what is not looked at is not read, and the file may be deleted while they are in use.
-        Raises `AdapterError` when the file is missing, damaged or not to be read, `OSError` when that is so for the moment, as too
-        many files are open, say: that says nothing of what it holds.
+        Raises `AdapterError` when the file is missing, damaged or not to be read, `OSError` when that is so for the moment, as
+        too many files are open, say: that says nothing of what it holds.
         """
         with self._reading():
             with self.path.open("rb") as file:

@@ -168,8 +168,9 @@ class Pool:
     def add(self, half: Half, state: AdapterState, rank: int, cut: int) -> bool:
         """Take a half that is new and was checked; True when it makes a whole submission with the one that was there.
 
-        Raises `RefusedError` when the two stem from different versions, `BusyError` while as many submissions of the device wait for
-        a version as may of one, `AdapterWriteError` when it cannot be kept, and what `accept` raises; nothing has happened then.
+        Raises `RefusedError` when the two stem from different versions, `BusyError` while as many submissions of the device wait
+        for a version as may of one, `AdapterWriteError` when it cannot be kept, and what `accept` raises; nothing has happened
+        then.
         """
         key = (half.device, half.submission)
         other = self._pending.get(key)
@@ -291,7 +292,9 @@ class Pool:
         They are what is given up, and not the new one: a device whose edge server is cut off for long trains on, and what waits
         longest is the least likely to become whole.
         """
-        waiting = [each.header for each in self._pending.values() if (each.header.device, each.header.half) == (by.device, by.half)]
+        waiting = [
+            each.header for each in self._pending.values() if (each.header.device, each.header.half) == (by.device, by.half)
+        ]
         dropped = waiting[: max(0, len(waiting) - _MOST_WAITING)]
         for half in dropped:
             self._drop(half)

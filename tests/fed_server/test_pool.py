@@ -181,7 +181,9 @@ def test_a_half_that_the_disk_does_not_give_is_set_aside_at_the_start(
                 raise OSError(errno.EIO, "Input/output error")
             return bytes(self.file.read(size))
 
-    monkeypatch.setattr(Path, "open", lambda self, *a, **k: Failing(opened(self, *a, **k)) if self == path else opened(self, *a, **k))
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: Failing(opened(self, *a, **k)) if self == path else opened(self, *a, **k)
+    )
     assert made(tmp_path).halves() == {("a", "1")} and "Input/output error" in caplog.text
     assert {each.name for each in tmp_path.iterdir()} == {"00000001-edge.safetensors", f"{path.name}.damaged"}
 
