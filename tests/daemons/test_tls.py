@@ -46,7 +46,7 @@ def test_a_run_over_tls_and_strangers_who_get_nothing(tmp_path: Path) -> None:
         stranger = daemons.start("device", served.model_copy(update={"name": "stranger", "tls": TlsSettings()}))
         daemons.start("device", provided)
         assert daemons["device-1"].wait() == 0, daemons["device-1"].log
-        assert stranger.wait() == 2
+        assert stranger.wait() == 1  # that server may be another one later, so it is tried again
         assert "the federation server at 127.0.0.1:" in stranger.log and "wants TLS: give this node a certificate" in stranger.log
         assert {name: daemons[name].stop() for name in ("edge", "fed")} == {"edge": 0, "fed": 0}
         assert [event["bytes"] > 0 for event in daemons["device-1"].events("provision")] == [True]
