@@ -25,7 +25,7 @@ def demo(
     lora_rank: Annotated[int, typer.Option(min=1, help="rank of the adapter; alpha is twice as much")] = 8,
     lr: Annotated[float, typer.Option(min=0, help="learning rate")] = 3e-3,
     optimizer: Annotated[Literal["adamw", "sgd"], typer.Option(help="local optimiser")] = "adamw",
-    strategy: Annotated[str, typer.Option(help="gsfs, gsfs-printed or fedavg")] = "gsfs",
+    strategy: Annotated[str, typer.Option(help="gsfs, gsfs-printed, fedavg or another of `sfl fed`")] = "gsfs",
     shuffle: Annotated[bool, typer.Option(help="shuffle each device's training examples")] = True,
     seed: Annotated[int, typer.Option(min=0, help="seed of all that is random")] = 0,
     precision: Annotated[

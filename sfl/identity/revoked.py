@@ -39,7 +39,7 @@ class Revocations:
         except OwnCertificateError as error:
             log.error("the new list of revoked certificates is not used: %s", error)
             return False
-        log.info("%s: %d certificates are revoked", self._path, len(self._serials))
+        log.info("%s: revoked certificates: %d", self._path, len(self._serials))
         return True
 
     def _look(self) -> tuple[int, int, int] | None:
