@@ -86,33 +86,26 @@ def test_an_edge_that_stops_serving_and_comes_back_within_the_session(edge: Serv
     assert losses == expected
 
 
-def test_the_time_that_an_answer_takes_is_no_time_without_an_edge(
-    edge: ServedEdge, net: Network, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cut_after_s", "answer_after_s"),
+    [
+        pytest.param((0.7,), 1.0, id="the time that an answer takes is no time without an edge"),
+        pytest.param((0.3, 0.9, 1.5), 2.0, id="a way that breaks now and then is each time the first"),
+    ],
+)
+def test_only_time_without_an_edge_counts(
+    edge: ServedEdge, net: Network, monkeypatch: pytest.MonkeyPatch, cut_after_s: tuple[float, ...], answer_after_s: float
 ) -> None:
     monkeypatch.setattr(service, "HEARTBEAT_S", 0.05)
     edge.federation.open.clear()
     with linked(edge, net.address, give_up_s=0.5) as link:
         step(edge, link, 1)
         link.submit("s/1", 0)
-        threading.Timer(0.7, net.cut).start()
-        threading.Timer(1.0, edge.federation.open.set).start()
-        link.close()
-    assert len(edge.federation.submitted) == 1 and net.connections == 2
-
-
-def test_a_way_that_breaks_now_and_then_is_each_time_the_first(
-    edge: ServedEdge, net: Network, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "HEARTBEAT_S", 0.05)
-    edge.federation.open.clear()
-    with linked(edge, net.address, give_up_s=0.5) as link:
-        step(edge, link, 1)
-        link.submit("s/1", 0)
-        for after_s in (0.3, 0.9, 1.5):
+        for after_s in cut_after_s:
             threading.Timer(after_s, net.cut).start()
-        threading.Timer(2.0, edge.federation.open.set).start()
+        threading.Timer(answer_after_s, edge.federation.open.set).start()
         link.close()
-    assert len(edge.federation.submitted) == 1 and net.connections == 4
+    assert len(edge.federation.submitted) == 1 and net.connections == 1 + len(cut_after_s)
 
 
 def test_a_lost_answer_is_asked_for_again_without_training_twice(
