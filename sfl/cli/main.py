@@ -18,6 +18,7 @@ from sfl.cli.compare import compare
 from sfl.cli.daemons import PASS_ON, device, edge, fed
 from sfl.cli.demo import demo
 from sfl.cli.doctor import doctor
+from sfl.cli.errors import errors
 from sfl.cli.evaluate import evaluate
 from sfl.cli.generate import generate
 from sfl.cli.health import health
@@ -44,6 +45,7 @@ app.command(context_settings=PASS_ON)(compare)
 app.command(context_settings=PASS_ON)(status)
 app.command(context_settings=PASS_ON)(doctor)
 app.command(context_settings=PASS_ON)(health)
+app.command()(errors)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ from sfl.cache.key import HalfKey
 from sfl.data.load import load_splits
 from sfl.data.split import Splits
 from sfl.device.provision import agreed
-from sfl.doctor.finding import Finding, broke, passed, skipped, warned
+from sfl.doctor.finding import Finding, broke, passed, see_page, skipped, warned
 from sfl.doctor.kernels import check_precisions
 from sfl.doctor.packages import NOT_ON_A_DEVICE, check_packages
 from sfl.doctor.peers import WAIT_S, Server, check_clock, check_way, timed
@@ -183,7 +183,7 @@ def _examine_federation(address: str, name: str, own: _Own, request: federation_
     yield check_clock(server, ahead)
     if reply.refusal:
         code = error_code(reply.error)
-        yield Finding("failed", joining, reply.refusal, f"see docs/errors/{code}.md", code)
+        yield Finding("failed", joining, reply.refusal, see_page(code), code)
     else:
         yield passed(joining, "this daemon goes with those that have joined")
 
@@ -240,7 +240,7 @@ def _model(request: federation_pb2.JoinRequest, description: Description | None)
         code = error_code(ModelDiffersError.number)
         theirs = f"{description.fingerprint[:12]} of {description.base_model} at edge server {description.edge}"
         why = f"fingerprint {mine[:12]} of {request.base_model} here, {theirs}"
-        return Finding("failed", "model", why, f"give both the same files; see docs/errors/{code}.md", code)
+        return Finding("failed", "model", why, f"give both the same files; {see_page(code)}", code)
     return passed("model", f"{request.base_model}, fingerprint {mine[:12]}, that of edge server {description.edge}")
 
 

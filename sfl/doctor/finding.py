@@ -35,7 +35,12 @@ def failed(name: str, found: str, advice: str) -> Finding:
 
 def broke(name: str, error: SflError) -> Finding:
     """A check that ended with the error that a daemon would end with; its message says what to do."""
-    return Finding("failed", name, str(error), f"see docs/errors/{error.code}.md", error.code)
+    return Finding("failed", name, str(error), see_page(error.code), error.code)
+
+
+def see_page(code: str) -> str:
+    """The advice to read about an error."""
+    return f"sfl errors {code} says more"
 
 
 def skipped(name: str, why: str) -> Finding:

@@ -76,20 +76,18 @@ class Roster:
         self._earlier = earlier
         self._source = f"the adapter of an earlier run in {folder}"
 
-    def _common(self) -> Common | None:
+    def _common(self, name: str) -> Common | None:
+        """What `name`, if it is to join, must have in common with another, or with what it had itself where nobody else is there."""
         if self._earlier is not None:
             return Common(self._source, self._earlier.task, self._earlier.model_fingerprint, self._earlier.lora)
-        for entry in self._entries.values():
-            first = entry.member
-            return Common(first.describe(), first.task, first.model_fingerprint, first.lora)
-        return None
+        first = _but(name, [entry.member for entry in self._entries.values()])
+        return None if first is None else Common(_source(first, name), first.task, first.model_fingerprint, first.lora)
 
-    def _prompts(self) -> Prompts | None:
+    def _prompts(self, name: str) -> Prompts | None:
         if self._earlier is not None:
             return Prompts(self._source, self._earlier.columns, self._earlier.max_length)
-        for first in self.devices():
-            return Prompts(first.describe(), first.columns, first.max_length)
-        return None
+        first = _but(name, self.devices())
+        return None if first is None else Prompts(_source(first, name), first.columns, first.max_length)
 
     def check(self, member: Member, anew: bool = False) -> None:
         """Raise `RefusedError` unless `member` can take part, or, if `anew`, can be the first device of another run.
@@ -106,7 +104,7 @@ class Roster:
                 f"{member.describe()} cannot join: {known.member.describe()} has that name, with other settings or data,"
                 f" and is there; give each its own name, or wait {self._away_after_s:g} s after it has gone"
             )
-        common = self._common()
+        common = self._common(member.name)
         if common is not None:
             common.require(member)
         if member.cut < 1:
@@ -142,7 +140,7 @@ class Roster:
                 f"{member.describe()} cannot join: its {len(member.label_counts)} label counts add up to"
                 f" {sum(member.label_counts)}, and it has {len(member.labels)} labels and {member.examples} training examples"
             )
-        prompts = self._prompts()
+        prompts = self._prompts(member.name)
         if prompts is not None:
             prompts.require(member)
 

@@ -33,9 +33,10 @@ Fit = Literal["yes", "barely", "no"]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The cut to take and a sentence that says why; `cut` is None where none fits."""
+    """The cut to take, how it fits, and a sentence that says why; `cut` is None where none fits."""
 
     cut: int | None
+    fits: Fit | None
     reason: str
 
 
@@ -53,12 +54,13 @@ def recommend(plan: Plan, memory_mb: float | None) -> Recommendation:
     fits = {entry.cut: fit(entry, memory_mb) for entry in plan.cuts}
     if all(found == "no" for found in fits.values()):
         least = min(plan.cuts, key=lambda entry: entry.device_mb)
-        return Recommendation(None, f"no cut fits {memory_mb:.0f} MB: the least, cut {least.cut}, needs {least.device_mb:.0f} MB")
+        reason = f"no cut fits {memory_mb:.0f} MB: the least, cut {least.cut}, needs {least.device_mb:.0f} MB"
+        return Recommendation(None, "no", reason)
     wide = [entry for entry in plan.cuts if fits[entry.cut] in ("yes", None)]
     candidates = wide or [entry for entry in plan.cuts if fits[entry.cut] == "barely"]
     fastest = min(candidates, key=_cost)
     chosen = max((entry for entry in candidates if _cost(entry) <= (1 + TIE) * _cost(fastest)), key=lambda entry: entry.cut)
-    return Recommendation(chosen.cut, _reason(chosen, fastest, candidates, memory_mb, bool(wide), plan))
+    return Recommendation(chosen.cut, fits[chosen.cut], _reason(chosen, fastest, candidates, memory_mb, bool(wide), plan))
 
 
 def choose_cut(
@@ -74,7 +76,7 @@ def choose_cut(
         least = min(plan.cuts, key=lambda entry: entry.device_mb)
         raise MemoryShortError(f"{found.reason} ({_parts(least)}). {_ways_out(config, request, least, memory_mb, calibration)}")
     chosen = next(entry for entry in plan.cuts if entry.cut == found.cut)
-    if fit(chosen, memory_mb) == "barely":
+    if found.fits == "barely":
         log.warning("%s", found.reason)
     return chosen
 
@@ -141,19 +143,21 @@ def _ways_out(
 
 def _reason(chosen: CutPlan, fastest: CutPlan, candidates: list[CutPlan], memory_mb: float | None, wide: bool, plan: Plan) -> str:
     if memory_mb is None:
-        room = "no memory limit is known"
+        room, such = "no memory limit is known", "of this model"
     elif wide:
         room = f"its {chosen.device_mb:.0f} MB leave {memory_mb - chosen.device_mb:.0f} of {memory_mb:.0f} MB free"
+        such = f"with a margin of {MARGIN:.0%}"
     else:
         room = f"its {chosen.device_mb:.0f} of {memory_mb:.0f} MB fit, but no cut leaves a margin of {MARGIN:.0%}"
+        such = "that fits"
     if len(candidates) == 1:
-        why = "it is the only cut that does"
+        why = f"it is the only cut {such}"
     elif chosen.time is not None and fastest.time is not None:
-        why = f"of the cuts that do, none has a shorter step than {fastest.time.step:.2f} s"
+        why = f"no cut {such} has a shorter step than {fastest.time.step:.2f} s"
         if chosen is not fastest:
             why += f" (cut {fastest.cut}), and this deeper one takes {chosen.time.step:.2f} s and shows the edge less"
     else:
-        why = "of the cuts that do, it asks least of the device"
+        why = f"no cut {such} asks less of the device"
         if chosen is not fastest:
             why = f"it asks hardly more of the device than cut {fastest.cut} and shows the edge less"
     assumed = f" (assumed: {', '.join(plan.speeds.assumed)})" if plan.speeds.assumed else ""

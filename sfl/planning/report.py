@@ -74,21 +74,17 @@ class Report:
                 " all cuts with a single --precision, or --json"
             )
         if len(self._plans) > 1:
-            yield f"most exact that fits: {best['precision']} at cut {best['cut']}" if best else "nothing fits"
+            margin = f" with a margin of {MARGIN:.0%}" if any(found.fits == "yes" for found in self._found) else ""
+            yield f"most exact that fits{margin}: {best['precision']} at cut {best['cut']}" if best else "nothing fits"
         yield f"constants: {calibration.source}{'' if calibration.versions else '; sfl plan --calibrate measures this machine'}"
         if calibration.stale:
             yield f"the calibration is out of date: {calibration.stale}; run sfl plan --calibrate again"
 
     def _best(self) -> dict[str, Any] | None:
-        """The most exact precision in which a cut fits."""
-        return next(
-            (
-                {"precision": plan.request.precision, "cut": found.cut}
-                for plan, found in zip(self._plans, self._found)
-                if found.cut is not None
-            ),
-            None,
-        )
+        """The most exact precision in which a cut fits with the margin; where there is none, in which one fits at all."""
+        fitting = [(plan, found) for plan, found in zip(self._plans, self._found) if found.cut is not None]
+        wide = [(plan, found) for plan, found in fitting if found.fits != "barely"]
+        return next(({"precision": plan.request.precision, "cut": found.cut} for plan, found in wide or fitting), None)
 
     def _rows(self, plan: Plan, recommended: int | None) -> list[CutPlan]:
         """Every cut, or where several precisions are shown those that tell them apart."""

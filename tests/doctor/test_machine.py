@@ -188,7 +188,7 @@ def test_a_cut_that_does_not_fit_fails_with_the_planners_numbers(monkeypatch: py
     monkeypatch.setattr(room, "choose_cut_apart", choose)
     found, chosen = check_plan(device(), "m")
     assert found == Finding(
-        "failed", "memory", "cut 2 does not fit 200 MB: it needs 341 MB", "see docs/errors/SFL-104.md", "SFL-104"
+        "failed", "memory", "cut 2 does not fit 200 MB: it needs 341 MB", "sfl errors SFL-104 says more", "SFL-104"
     )
     assert chosen is None
 

@@ -131,7 +131,7 @@ def test_joining_is_refused_for_the_reason_and_with_the_number_that_the_server_g
         finding = found(device(tmp_path, edge, address))["federation server: joining"]
         assert (finding.state, finding.error) == ("failed", "SFL-602")
         assert "has another base model than edge server 'edge'" in finding.found
-        assert finding.advice == "see docs/errors/SFL-602.md"
+        assert finding.advice == "sfl errors SFL-602 says more"
 
 
 def test_settings_against_the_edges(tmp_path: Path) -> None:

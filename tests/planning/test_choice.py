@@ -12,6 +12,7 @@ from sfl.planning.calibration import DEFAULT, Calibration
 from sfl.planning.choice import choose_cut, fit, recommend, require_fits
 from sfl.planning.memory import DeviceMemory
 from sfl.planning.plan import CutPlan, Plan, make_plan
+from sfl.planning.report import Report
 from sfl.planning.request import PlanRequest
 from sfl.planning.speeds import Speeds, StepTime, speeds_of
 from sfl.planning.step_bytes import StepBytes
@@ -48,7 +49,7 @@ def test_where_a_deeper_cut_costs_next_to_no_time_the_deeper_one() -> None:
 
 def test_without_speeds_the_least_work_for_the_device() -> None:
     found = recommend(plan(entry(1, 100, device_flops=10), entry(2, 200, device_flops=10)), 1000)
-    assert found.cut == 1 and "asks least of the device" in found.reason
+    assert found.cut == 1 and "asks less of the device" in found.reason
     assert "assumed: an edge 10 times as fast as the device" in found.reason
 
 
@@ -56,6 +57,28 @@ def test_what_barely_fits_is_taken_only_where_nothing_fits_well() -> None:
     assert recommend(plan(entry(1, 100, 5.0), entry(2, 200, 1.0)), 205).cut == 1
     found = recommend(plan(entry(1, 100, 5.0), entry(2, 200, 1.0)), 105)
     assert found.cut == 1 and "no cut leaves a margin of 10%" in found.reason
+    assert "it is the only cut that fits" in found.reason
+
+
+def test_the_only_cut_with_a_margin_is_not_called_the_only_one_that_fits() -> None:
+    found = recommend(plan(entry(1, 100, 5.0), entry(2, 200, 1.0)), 205)
+    assert (found.cut, found.fits) == (1, "yes") and "it is the only cut with a margin of 10%" in found.reason
+
+
+def test_of_several_precisions_one_that_fits_with_the_margin_goes_before_a_more_exact_one_that_barely_does() -> None:
+    def best(*plans: Plan, memory: float | None) -> tuple[object, str]:
+        report = Report("model", plans, memory, True)
+        said = next(line for line in report.shown() if isinstance(line, str) and line.startswith(("most exact", "nothing")))
+        return report.as_dict()["recommended"], said
+
+    exact, coarse = plan(entry(1, 100)), replace(plan(entry(1, 50)), request=PlanRequest(precision="int8"))
+    assert best(exact, coarse, memory=105) == (
+        {"precision": "int8", "cut": 1},
+        "most exact that fits with a margin of 10%: int8 at cut 1",
+    )
+    assert best(exact, coarse, memory=51) == ({"precision": "int8", "cut": 1}, "most exact that fits: int8 at cut 1")
+    assert best(exact, coarse, memory=None) == ({"precision": "fp32", "cut": 1}, "most exact that fits: fp32 at cut 1")
+    assert best(exact, coarse, memory=20) == (None, "nothing fits")
 
 
 def test_none_fits() -> None:
