@@ -36,7 +36,8 @@ def _pages() -> dict[str, Path]:
         files = metadata.files("sfl") or []
     except metadata.PackageNotFoundError:
         files = []
-    found = {file.name: Path(str(file.locate())) for file in files if file.parts[-3:-1] == ("sfl", "errors")}
-    if _INDEX not in found:
+    paths = (Path(str(file.locate())) for file in files if file.parts[-3:-1] == ("sfl", "errors") and file.suffix == ".md")
+    found = {path.name: path for path in paths if path.is_file()}  # pip --target moves them, and images may lack documentation
+    if not found:
         raise SflError("the pages of errors did not come with this installation: see docs/errors in sfl's source")
     return found

@@ -77,7 +77,7 @@ class Roster:
         self._source = f"the adapter of an earlier run in {folder}"
 
     def _common(self, name: str) -> Common | None:
-        """What `name`, if it is to join, must have in common with another, or with what it had itself where nobody else is there."""
+        """What `name` must have in common with another member, or with itself before where there is no other."""
         if self._earlier is not None:
             return Common(self._source, self._earlier.task, self._earlier.model_fingerprint, self._earlier.lora)
         first = _but(name, [entry.member for entry in self._entries.values()])
@@ -343,3 +343,12 @@ class Roster:
 def _recent(edges: tuple[str, ...], edge: str) -> tuple[str, ...]:
     """With `edge`, unless it is empty, as the newest; no more than are remembered."""
     return (*(each for each in edges if each != edge), *([edge] if edge else []))[-_EDGES:]
+
+
+def _but(name: str, members: Sequence[Member]) -> Member | None:
+    """The first of `members` that has another name, else the first."""
+    return next((member for member in members if member.name != name), next(iter(members), None))
+
+
+def _source(first: Member, name: str) -> str:
+    return first.describe() if first.name != name else "the one that joined under this name before"

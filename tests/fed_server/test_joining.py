@@ -113,6 +113,23 @@ def test_a_device_that_differs_is_refused_with_both_values(tmp_path: Path, chang
     assert fed.joined == 1
 
 
+def test_a_device_that_comes_back_changed_is_not_told_that_it_differs_from_itself(tmp_path: Path) -> None:
+    fed = federation(tmp_path, 1)
+    fed.join(device("a"))
+    fed.leave("a")
+    with pytest.raises(
+        RefusedError, match=r"^device 'a' \(cut 1\) has max_length 64, the one that joined under this name before has 32$"
+    ):
+        fed.join(device("a", max_length=64))
+    with pytest.raises(
+        RefusedError, match=r"^device 'a' .*LoRA settings than the one that joined under this name before: rank 8"
+    ):
+        fed.join(device("a", lora=LoraSpec(8, 4.0, 0.0, ("q",))))
+    fed.join(edge())
+    with pytest.raises(RefusedError, match=r"than edge server 'edge': rank 8"):
+        fed.join(device("a", lora=LoraSpec(8, 4.0, 0.0, ("q",))))
+
+
 def test_an_edge_is_compared_too_and_a_device_too_many_is_refused(tmp_path: Path) -> None:
     fed = federation(tmp_path, 1)
     fed.join(device("a"))
