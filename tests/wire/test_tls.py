@@ -18,6 +18,7 @@ from sfl.errors import PeerIdentityError, UnreachableError
 from sfl.identity.identity import Identity
 from sfl.identity.node import Node
 from sfl.identity.peer import peer_of
+from sfl.wire import channel as channel_module
 from sfl.wire.channel import dial
 from sfl.wire.tls import client_credentials
 from tests.identity.made import Certificates, behind, dialled, refused
@@ -227,6 +228,22 @@ def test_an_authority_that_was_replaced_is_trusted_from_the_next_connection_on(t
             getattr(first.files("edge-1"), file).write_bytes(getattr(second.files("edge-1"), file).read_bytes())
         with dialled(address, second.node("pi-1")) as channel:
             assert ask(channel) == b"hello"
+
+
+def test_who_is_refused_is_left_without_a_traceback_of_a_thread(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise PeerIdentityError("refused")
+
+    raised: list[object] = []
+    monkeypatch.setattr(channel_module, "check_peer", refuses)
+    monkeypatch.setattr(threading, "excepthook", lambda failure: raised.append(failure.exc_value))
+    for _ in range(3):
+        with pytest.raises(PeerIdentityError):
+            dial("127.0.0.1:9", PEER, 1, certificates.node("pi-1"))
+    time.sleep(0.3)  # for what its threads have left to do
+    assert raised == []
 
 
 def test_a_server_takes_so_many_connections_and_no_more() -> None:
