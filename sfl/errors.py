@@ -2,9 +2,9 @@
 
 A message names what was wrong and what to do about it; the command line prints it without a traceback, with the kind's number,
 as in `error SFL-602: ...`. Each number has a page, `docs/errors/SFL-602.md`, which `sfl errors 602` shows. The hundreds: 0 the
-program and its machine, 1 settings, 2 data, 3 models, 4 adapters, 5 messages, 6 refusals, 7 peers that are away, 8 identity, 9 states
-on disk. A kind has a number of its own where its page would be another than that of its base. A number is never used for something
-else.
+program and its machine, 1 settings, 2 data, 3 models, 4 adapters, 5 messages, 6 refusals, 7 peers that are away, 8 identity, 9
+states on disk. A kind has a number of its own where its page would be another than that of its base. A number is never used for
+something else.
 """
 
 from __future__ import annotations

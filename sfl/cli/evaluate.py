@@ -58,6 +58,10 @@ def evaluate(
             typer.echo(f"left out {len(examples) - len(known)} of {len(examples)} examples with an unknown label", err=True)
         examples = known
     result = evaluate_adapter(model or layout.base_model, adapter, examples, batch_size=batch_size)
+    seen = sum(each.count > 0 for each in result.classes or ())
+    if result.classes is not None and seen < len(result.classes):
+        what = "macro-F1 leaves out those that are neither there nor predicted"
+        typer.echo(f"labels in the data: only {seen} of the {len(result.classes)} that the model knows; {what}", err=True)
     if json:
         typer.echo(dumps(result.as_dict(), indent=2))
         return

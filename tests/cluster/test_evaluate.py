@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
 
 from sfl.adapters import peft_format
 from sfl.adapters.layout import AdapterLayout, LoraSpec
 from sfl.adapters.state import HEAD, AdapterKey
+from sfl.cli.main import app
 from sfl.data.example import Example, content_key
 from sfl.data.load import load_splits
 from sfl.data.settings import DataSettings
@@ -178,3 +180,17 @@ def test_the_command(tmp_path: Path, model: Path) -> None:
     assert refused.wait(100) == 2
     reason = (tmp_path / "stderr").read_text()
     assert "unheard" in reason and "bad, good, odd" in reason and "Traceback" not in reason
+
+
+def test_labels_that_are_not_in_the_data_are_counted(tmp_path: Path, model: Path) -> None:
+    adapter = write_adapter(tmp_path / "v0", model, "classification")
+    path = tmp_path / "data.txt"
+
+    def said(labels: tuple[str, ...]) -> str:
+        path.write_text("".join(f"tcp udp {i};{labels[i % len(labels)]}\n" for i in range(9)))
+        result = CliRunner().invoke(app, ["eval", "--adapter", str(adapter), "--data", str(path)], catch_exceptions=False)
+        assert result.exit_code == 0 and "macro-F1" in result.stdout
+        return result.stderr
+
+    assert "labels in the data: only 1 of the 3 that the model knows; macro-F1 leaves out" in said(("good",))
+    assert "labels in the data" not in said(LABELS)
