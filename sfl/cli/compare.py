@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -39,7 +43,16 @@ def compare(context: typer.Context) -> None:
     from sfl.compare.report import write_report
 
     log.addFilter(EachOnce())
-    store, failed = compare_all(settings, Progress(Console(stderr=True)))
+    progress = Progress(Console(stderr=True))
+    try:
+        with _interrupted_by_sigterm():
+            try:
+                store, failed = compare_all(settings, progress)
+            finally:
+                progress.stop()
+    except KeyboardInterrupt:
+        typer.echo(_interrupted(settings.out), err=True)
+        raise
     if store.outcomes():
         files = write_report(store)
         _print(store)
@@ -47,6 +60,33 @@ def compare(context: typer.Context) -> None:
             typer.echo(f"written: {file}")
     if failed:
         raise SflError(f"{len(failed)} runs failed ({', '.join(failed)}): see above; the same call tries them again")
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C: what is on its way is cleared away, and what was made is named."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(out: Path) -> str:
+    from sfl.compare.store import Store
+
+    store = Store(out)
+    finished = sum(map(len, store.outcomes().values()))
+    if not finished:
+        return "interrupted before a run was finished; the same call begins anew"
+    return (
+        f"interrupted: {finished} of {len(store.planned)} runs are finished and kept in {out}; the same call makes the others,"
+        f" sfl compare --show {out} prints the tables"
+    )
 
 
 def _show(arguments: list[str]) -> None:
@@ -70,5 +110,5 @@ def _print(store: Store) -> None:
     if not screen.is_terminal:
         screen.width = 240  # a file or a pipe has room for the whole tables
     screen.print(headline(store), highlight=False, soft_wrap=True)
-    for table in as_text(store.outcomes(), store.target):
+    for table in as_text(store.outcomes(), store.target, screen.width):
         screen.print(table)

@@ -63,7 +63,7 @@ def compare(settings: CompareSettings, progress: Progress) -> tuple[Store, list[
         except SflError as error:
             log.error("%s failed: %s", made.title, error)
             failed.append(made.title)
-        progress.run_ends()
+        progress.run_ends(made.title not in failed)
     return store, failed
 
 

@@ -27,7 +27,8 @@ class EachOnce(logging.Filter):
 
 
 class Progress:
-    """Counts local steps; what is left is estimated from how long those of this call have taken, evaluations included."""
+    """Counts local steps; what is left is estimated from how long those of this call have taken, from the first step of each run
+    on, so without what is loaded before it, and from how long the evaluations after them have."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -37,47 +38,83 @@ class Progress:
         self._done = 0  # steps of the present run
         self._title = ""
         self._status: Status | None = None
-        self._started = self._last_line = clock()
+        self._began = self._last_line = 0.0
+        self._first: tuple[float, int] | None = None  # when the run's first step was made, or several at once, and how many
+        self._latest = 0.0  # when its last one was
+        self._timed: tuple[float, int] = 0.0, 0  # seconds and steps of the runs before, their first steps left out
+        self._evaluations: list[float] = []  # seconds of the runs before, after their last steps
 
     def begin(self, steps: Sequence[int], finished: int) -> None:
         """`steps` local steps in each run that is to be made, beside `finished` ones."""
         self._steps = list(steps)
         before = f", {finished} are finished" if finished else ""
         self._say(f"{len(steps)} runs to make{before}")
-        self._started = self._clock()
 
     def run_begins(self, title: str) -> None:
-        self._run, self._done, self._title = self._run + 1, 0, title
-        self._last_line = self._clock()
+        self._run, self._done, self._title, self._first = self._run + 1, 0, title, None
+        self._began = self._last_line = self._clock()
         if self._console.is_terminal:
             self._status = self._console.status(self.line())
             self._status.start()
         else:
-            self._say(self.line())
+            self._say(f"{self._name}, {self._steps[self._run]} steps")
 
     def step(self, done: int) -> None:
         """`done` local steps of this run are made."""
-        self._done = done
+        self._done, self._latest = done, self._clock()
+        if self._first is None and done:
+            self._first = self._latest, done
         if self._status is not None:
             self._status.update(self.line())
-        elif self._clock() - self._last_line >= LINE_S:
-            self._last_line = self._clock()
+        elif self._latest - self._last_line >= LINE_S:
+            self._last_line = self._latest
             self._say(self.line())
 
-    def run_ends(self) -> None:
-        self._done = self._steps[self._run]
+    def run_ends(self, made: bool = True) -> None:
+        """The run is `made`, or has failed, which others say."""
+        self.stop()
+        now = self._clock()
+        if made:
+            self._timed = self._pace()
+            self._evaluations.append(now - self._latest if self._first is not None else 0.0)
+        self._first, self._done = None, self._steps[self._run]
+        if made:
+            left = self._left(len(self._steps) - self._run - 1)
+            self._say(f"{self._name} took {_duration(now - self._began)}{left}")
+
+    def stop(self) -> None:
+        """Nothing more is shown in place; again is no harm."""
         if self._status is not None:
             self._status.stop()
             self._status = None
-            self._say(self.line())
 
     def line(self) -> str:
         """The present run, its steps, and the time that is left."""
-        whole = sum(self._steps)
-        made = sum(self._steps[: self._run]) + self._done
-        left = (self._clock() - self._started) / made * (whole - made) if made else None
-        until = "" if left is None or made == whole else f", about {_duration(left)} left"
-        return f"run {self._run + 1} of {len(self._steps)}: {self._title}, step {self._done} of {self._steps[self._run]}{until}"
+        steps = self._steps[self._run]
+        what = "loading" if self._done == 0 else "evaluating" if self._done == steps else f"step {self._done} of {steps}"
+        return f"{self._name}, {what}{self._left(len(self._steps) - self._run)}"
+
+    @property
+    def _name(self) -> str:
+        return f"run {self._run + 1} of {len(self._steps)}: {self._title}"
+
+    def _pace(self) -> tuple[float, int]:
+        """Seconds and steps, of the runs before and of this one, without what each began with."""
+        seconds, steps = self._timed
+        if self._first is None:
+            return seconds, steps
+        return seconds + self._latest - self._first[0], steps + self._done - self._first[1]
+
+    def _left(self, evaluations: int) -> str:
+        """What is said of the time that so many evaluations and the steps before them will take; nothing where nobody knows."""
+        seconds, steps = self._pace()
+        todo = sum(self._steps[self._run :]) - self._done
+        if not evaluations or not steps:
+            return ""
+        left = seconds / steps * todo
+        if not self._evaluations:
+            return f", about {_duration(left)} of training left" if todo else ""
+        return f", about {_duration(left + evaluations * sum(self._evaluations) / len(self._evaluations))} left"
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)

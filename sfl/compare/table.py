@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from sfl.compare.outcome import DeviceOutcome, Outcome, Point
+
+_BESIDE_A_CELL = 3  # characters: a line, and a blank on either side
 
 Outcomes = Mapping[str, Mapping[int, Outcome]]  # by variant, then by seed
 
@@ -156,18 +159,31 @@ def rows(outcomes: Outcomes, shown: Sequence[Column]) -> list[list[str]]:
     ]
 
 
-def as_text(outcomes: Outcomes, target: float | None = None) -> list[Table]:
-    """The tables for a screen."""
+def as_text(outcomes: Outcomes, target: float | None = None, width: int = 240) -> list[Table]:
+    """The tables for a screen of so many characters: columns that do not fit come below, beside the names again."""
     found = []
     for title, all_columns in (("how good", QUALITY), ("at what cost", cost(target))):
         shown = columns(outcomes, all_columns)
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for heading in ("", "seeds", *(column.title for column in shown)):
-            table.add_column(heading, justify="right" if heading else "left")
-        for row in rows(outcomes, shown):
-            table.add_row(*row)
-        found.append(table)
+        lines = [["", "seeds", *(column.title for column in shown)], *rows(outcomes, shown)]
+        for part, places in enumerate(_parts(lines, width)):
+            table = Table(title=f"{title}, continued" if part else title, title_justify="left", header_style="bold")
+            for place in places:
+                table.add_column(lines[0][place], justify="right" if place else "left")
+            for line in lines[1:]:
+                table.add_row(*(line[place] for place in places))
+            found.append(table)
     return found
+
+
+def _parts(lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """The places of the columns of each table that fits `width`: the first in all of them, the others in turn."""
+    room = [max(cell_len(line[place]) for line in lines) + _BESIDE_A_CELL for place in range(len(lines[0]))]
+    parts = [[0]]
+    for place in range(1, len(room)):
+        if len(parts[-1]) > 1 and 1 + sum(room[each] for each in (*parts[-1], place)) > width:
+            parts.append([0])
+        parts[-1].append(place)
+    return parts
 
 
 def as_markdown(outcomes: Outcomes, target: float | None = None) -> str:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sfl.cli.load_settings import as_toml, load
+from sfl.cli.main import app
+from sfl.compare.outcome import Outcome
 from sfl.compare.settings import CompareSettings
 from sfl.compare.variants import variants
 from sfl.errors import SettingsError
+from sfl.telemetry import log
 from tests.cli.test_main import ROOT, run
+from tests.compare.made import outcome, settings
 
 FILE = """
 data = "there"
@@ -65,6 +73,32 @@ def test_wrong_settings_are_named(flags: list[str], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load(CompareSettings, None, flags, environment={})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_comparison_that_is_interrupted_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    runs = iter([outcome()])
+
+    def run_once(*_: object, **__: object) -> Outcome:
+        made = next(runs, None)
+        if made is None:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+            raise AssertionError("not interrupted")
+        return made
+
+    monkeypatch.setattr("sfl.compare.compare.run", run_once)
+    monkeypatch.setattr(log, "filters", [])  # which the command adds to
+    before, file = signal.getsignal(signal.SIGTERM), tmp_path / "compare.toml"
+    file.write_text(as_toml(settings(tmp_path, strategies=["fedavg", "gsfs"])))
+    result = CliRunner().invoke(app, ["compare", "--config", str(file)])
+    assert result.exit_code == 130 and signal.getsignal(signal.SIGTERM) is before
+    out = tmp_path / "out"
+    assert f"interrupted: 1 of 2 runs are finished and kept in {out}; the same call makes the others" in result.stderr
+    again = CliRunner().invoke(app, ["compare", "--config", str(file)])
+    assert "1 runs to make, 1 are finished" in again.stderr
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_comparison_is_made_once_and_told_in_files(tmp_path: Path, monkeypatch
     ]
     given = settings(tmp_path, strategies=["centralised", "fedavg", "gsfs"], run=runs, keep=True)
     store, failed, text = run(given)
-    assert failed == [] and text.startswith("5 runs to make\nrun 1 of 5: centralised, seed 0, step 0 of 18\n")
+    assert failed == [] and text.startswith("5 runs to make\nrun 1 of 5: centralised, seed 0, 18 steps\n")
     found = {name: by_seed[0] for name, by_seed in store.outcomes().items()}
     assert list(found) == ["centralised", "fedavg", "gsfs", "slow link", "attacked"]
     for outcome in found.values():

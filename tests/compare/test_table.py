@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from sfl.compare.outcome import Outcome, Point, Scores
 from sfl.compare.table import COST, QUALITY, as_json, as_markdown, as_text, cell, columns, cost, rows
@@ -74,6 +76,24 @@ def test_a_run_without_refused_updates_has_0_of_them_beside_those_with_some() ->
     assert as_json(outcomes)[1]["refused"] == {"mean": 1.5, "min": 0, "max": 3}
     assert columns({"good": outcomes["good"]}, shown) == [], "a column of noughts says nothing"
     assert columns({"safe": {0: outcome(backdoor=0.0)}}, [COLUMNS["backdoor"]]), "but a backdoor that never works does"
+
+
+@pytest.mark.parametrize("width", [80, 120, 240])
+def test_a_table_is_as_wide_as_the_screen_at_most_and_none_of_it_is_lost(width: int) -> None:
+    outcomes = {name: {0: outcome(0.9), 1: outcome(0.8)} for name in ("fedavg, flexlora", "gsfs")}
+    screen = Console(file=io.StringIO(), width=10**3)
+    found = as_text(outcomes, 0.5, width)
+    for table in found:
+        screen.print(table)
+    text = screen.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert [column.header for table in found for column in table.columns if column.header] == [
+        "seeds",
+        *(column.title for column in columns(outcomes, QUALITY)),
+        "seeds",
+        *(column.title for column in columns(outcomes, cost(0.5))),
+    ]
+    assert len(found) == 2 if width == 240 else {"how good, continued", "at what cost, continued"} <= {t.title for t in found}
 
 
 def test_text_markdown_and_json_say_the_same() -> None:
