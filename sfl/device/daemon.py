@@ -68,6 +68,7 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         takes_part = _join(federation, device, kept)
         if takes_part:
             watch.report_to(federation, settings.report_s)
+            opened.push(lambda kind, error, trace: watch.last_report(error))
             with phase("join"):
                 agreement = federation.agreement(settings.join_wait_s)
             labels, policy = list(agreement.labels), agreement.policy

@@ -18,7 +18,8 @@ from sfl.wire.frames import Traffic
 
 _RECENT = 16  # steps whose median is what a step takes
 _MEGA = 10**6
-_TRAINING, _WAITING = "training", "waiting for its edge server"
+_TRAINING, _WAITING, DONE = "training", "waiting for its edge server", "done"
+STOPPED = "stopped"  # with this the activity of a last report begins, but for a device that is done
 _DOING = {  # phases of a device in words for those who watch it
     "provision": "fetching its half of the model",
     "import": "starting",
@@ -27,6 +28,11 @@ _DOING = {  # phases of a device in words for those who watch it
     "load": "loading its half of the model",
     "round": "waiting for the next version",
 }
+
+
+def has_stopped(report: ReportRequest) -> bool:
+    """Whether this was a daemon's last report, and it may come back."""
+    return report.activity.startswith(STOPPED)
 
 
 class Vitals(Protocol):
@@ -166,7 +172,7 @@ class DeviceVitals:
 
     def _activity(self) -> str:
         if self._ended:
-            return "done"
+            return DONE
         phase = self._waits.phase
         if phase in _DOING:
             return _DOING[phase]

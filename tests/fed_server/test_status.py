@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sfl.cli.main import app
-from sfl.cli.status import as_dict, shown
+from sfl.cli.status import _state, as_dict, shown
 from sfl.errors import RefusedError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.status import StatusBoard
@@ -203,6 +203,34 @@ def test_a_report_keeps_a_member_present(tmp_path: Path) -> None:
         clock.now += 40
         made.report(report("a"))
     assert by_name(made.status())["a"].presence == "present"
+
+
+def test_who_has_stopped_in_order_is_shown_as_stopped_and_who_is_gone_as_silent(tmp_path: Path) -> None:
+    fed, made, clock = board(tmp_path, away_after_s=60)
+    for name in ("a", "b", "edge"):
+        made.report(report(name))
+    made.report(report("a", activity="stopped", stepping=False))
+    fed.watch_ends("a")
+    fed.watch_ends("edge")
+    clock.now += 20
+    assert lines(made.status(), "a") == ["stopped"]
+    assert lines(made.status(), "b") == ["training"]
+    assert lines(made.status(), "edge") == ["silent for 20 s"]
+    assert made.status().state == "training"
+    made.report(report("b", activity="stopped by error SFL-700", stepping=False))
+    assert made.status().state == "waiting: no device is there"
+    clock.now += 50
+    assert lines(made.status(), "a") == ["stopped", "stopped, and not heard of for 70 s"]
+    assert lines(made.status(), "b") == ["stopped by error SFL-700"]
+    assert lines(made.status(), "edge") == ["away", "away: not heard of for 70 s"]
+    made.report(report("a"))
+    assert lines(made.status(), "a") == ["training"], "it is back"
+
+
+def lines(reply: pb.StatusReply, name: str) -> list[str]:
+    """What `sfl status` shows as a member's state, and why it is behind."""
+    member = by_name(reply)[name]
+    return [_state(member)] + [member.slow] * bool(member.slow)
 
 
 def test_over_grpc(tmp_path: Path) -> None:
