@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic import Field
 
-from sfl.cli.asking import AskingSettings, asked, own_node
+from sfl.cli.asking import AskingSettings, asked, own_node, require_listening
 from sfl.settings import Address
 from sfl.telemetry import configure_logging
 from sfl.v1 import federation_pb2 as pb
@@ -34,7 +34,7 @@ Show a federation as the federation server knows it: its members, what they are 
   --federation HOST:PORT   where the federation server is (default: 127.0.0.1:7300)
   --watch                  show it again every 2 s, until Ctrl-C
   --json                   print one JSON object
-  --wait-s S               seconds to wait for an answer (default: 5)
+  --wait-s S               seconds to wait for an answer (default: 5); a port at which nobody listens is said at once
   --tls.folder DIR         folder with an operator's certificate, as `sfl certs` makes it
   --config FILE            a TOML file with these settings"""
 
@@ -56,12 +56,13 @@ def status(context: typer.Context) -> None:
     configure_logging("WARNING")
     from rich.console import Console
 
-    from sfl.wire.federation import FederationClient
+    from sfl.wire.federation import PEER, FederationClient
 
     screen = Console()
     if not screen.is_terminal:
         screen.width = 200
     node = own_node(settings.tls, settings.federation)
+    require_listening(settings.federation, PEER, settings.wait_s)
     client = FederationClient(settings.federation, "", settings.wait_s, settings.wait_s, node=node)
     try:
         if switches["--json"]:

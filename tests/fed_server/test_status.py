@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -304,5 +305,17 @@ def test_the_command(tmp_path: Path) -> None:
         assert json.loads(as_json.output)["expected"] == 1
         client = FederationClient(address, "", 5, 5)
         client.close()
-    gone = CliRunner().invoke(app, ["status", "--federation", address, "--wait-s", "0.3"])
-    assert "did not answer within 0.3 s" in str(gone.exception)
+
+
+def test_a_port_that_refuses_is_said_at_once_and_one_that_is_silent_is_waited_for() -> None:
+    def asked(address: str, *more: str) -> tuple[str, float]:
+        began = time.monotonic()
+        result = CliRunner().invoke(app, ["status", "--federation", address, *more])
+        return str(result.exception), time.monotonic() - began
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert asked(address, "--wait-s", "0.3")[0].startswith(f"the federation server at {address} did not answer within 0.3 s")
+    message, took_s = asked(address)
+    assert message == f"nobody listens at {address}: is the federation server running, and is the address right?"
+    assert took_s < 1
