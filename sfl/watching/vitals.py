@@ -71,8 +71,14 @@ class Process:
     def uptime_s(self) -> float:
         return self.clock() - self._started
 
+    def moved(self) -> tuple[int, int]:
+        """Bytes sent and received by this process so far."""
+        traffic = list(self.traffic.values())
+        return sum(each.sent for each in traffic), sum(each.received for each in traffic)
+
     def report(self, name: str, activity: str) -> ReportRequest:
         """A report with these figures."""
+        sent, received = self.moved()
         return ReportRequest(
             name=name,
             activity=activity,
@@ -80,8 +86,8 @@ class Process:
             uptime_s=self.uptime_s,
             memory_bytes=round((resident_mb() or 0.0) * _MEGA),
             peak_memory_bytes=round(peak_rss_mb() * _MEGA),
-            bytes_sent=sum(traffic.sent for traffic in self.traffic.values()),
-            bytes_received=sum(traffic.received for traffic in self.traffic.values()),
+            bytes_sent=sent,
+            bytes_received=received,
         )
 
 
@@ -126,6 +132,7 @@ class DeviceVitals:
         self._step_s, self._edge_wait_s = _Recent(), _Recent()
         self._waited_s = 0.0  # up to the last step
         self._ended = False
+        self._bytes_before = 0, 0  # sent and received by processes before this one, as the events' totals tell
 
     def hear(self, event: str, fields: Mapping[str, Any]) -> None:
         if event == "start":
@@ -140,6 +147,8 @@ class DeviceVitals:
             self._step_s.add(float(fields["wall_s"]))
             self._edge_wait_s.add(min(self._waits.waited_s - self._waited_s, float(fields["wall_s"])))
             self._waited_s = self._waits.waited_s
+            sent, received = self._process.moved()
+            self._bytes_before = int(fields["bytes_sent"]) - sent, int(fields["bytes_received"]) - received
         elif event == "adopt":
             self._version = int(fields["version"])
         elif event == "submit":
@@ -152,6 +161,8 @@ class DeviceVitals:
         activity = self._activity()
         report = self._process.report(self._name, activity)
         report.stepping = activity in (_TRAINING, _WAITING)
+        report.bytes_sent += self._bytes_before[0]
+        report.bytes_received += self._bytes_before[1]
         report.steps, report.planned_steps = self._step, self._planned
         report.version, report.submissions = self._version, self._submissions
         for name, value in (
