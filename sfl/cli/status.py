@@ -31,7 +31,7 @@ _HELP = """usage: sfl status [--federation HOST:PORT] [--watch | --json] [--tls.
 
 Show a federation as the federation server knows it: its members, what they are doing, and who is behind and why.
 
-MB are those of messages with tensors: a device's since its run began, a server's, like an edge server's steps, since it was started.
+MB are those of messages with tensors: a device's since its run began, a server's, like an edge server's steps, since its start.
 
   --federation HOST:PORT   where the federation server is (default: 127.0.0.1:7300)
   --watch                  show it again every 2 s, until Ctrl-C
