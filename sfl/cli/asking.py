@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,9 +13,9 @@ from sfl.base_settings import Settings
 from sfl.cli.load_settings import load, split_options
 from sfl.cli.names import settings_of, variable_of
 from sfl.connection_settings import TlsSettings
-from sfl.errors import PlaintextError
+from sfl.errors import PlaintextError, UnreachableError
 from sfl.identity.node import Node
-from sfl.wire.address import is_loopback
+from sfl.wire.address import check_address, is_loopback
 
 
 class AskingSettings(Settings):
@@ -23,6 +24,8 @@ class AskingSettings(Settings):
     wait_s: float = Field(5.0, gt=0, description="seconds to wait for an answer")
     tls: TlsSettings = Field(default_factory=TlsSettings, description="the certificate that is shown to the server")
 
+
+_PROBE_S = 1.0  # for an answer to a first look, which a machine without such a server gives at once
 
 Asking = TypeVar("Asking", bound=AskingSettings)
 
@@ -46,3 +49,17 @@ def own_node(tls: TlsSettings, address: str) -> Node | None:
             " or say --tls.plaintext where the server goes without"
         )
     return None
+
+
+def require_listening(address: str, peer: str, wait_s: float) -> None:
+    """Raise `UnreachableError` at once where nobody listens: a daemon waits for its server to start, whoever asks does not.
+
+    Where nothing answers, nothing is raised: that is `dial`'s to wait for.
+    """
+    host, port = check_address(address)
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=min(_PROBE_S, wait_s)).close()
+    except ConnectionRefusedError as error:
+        raise UnreachableError(f"nobody listens at {address}: is {peer} running, and is the address right?") from error
+    except OSError:
+        return

@@ -8,7 +8,7 @@ import urllib.request
 import typer
 from pydantic import Field
 
-from sfl.cli.asking import AskingSettings, asked, own_node
+from sfl.cli.asking import AskingSettings, asked, own_node, require_listening
 from sfl.errors import MissingPackageError, RefusedError, SettingsError, UnreachableError
 
 _HELP = """usage: sfl health ADDRESS [--service NAME] [--wait-s S] [--tls.folder DIR]
@@ -48,7 +48,9 @@ def health(context: typer.Context) -> None:
     from sfl.wire.channel import dial
 
     peer = f"the server at {address}"
-    channel = dial(address, peer, settings.wait_s, own_node(settings.tls, address))
+    node = own_node(settings.tls, address)
+    require_listening(address, "the server", settings.wait_s)
+    channel = dial(address, peer, settings.wait_s, node)
     try:
         require_serving(channel, peer, settings.service, settings.wait_s)
     finally:

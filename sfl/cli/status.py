@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic import Field
 
-from sfl.cli.asking import AskingSettings, asked, own_node
+from sfl.cli.asking import AskingSettings, asked, own_node, require_listening
 from sfl.settings import Address
 from sfl.telemetry import configure_logging
 from sfl.v1 import federation_pb2 as pb
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _EVERY_S = 2.0
+_SILENT_S = 10.0  # without a connection, after which a member that is not away yet is shown as silent
 _OF_DEVICES = (
     *("device", "state", "edge", "cut>", "step>", "version>", "loss>", "s/step>", "last step>"),
     *("sent MB>", "received MB>", "memory MB>", "updates>", "uplink MB/s>"),
@@ -30,10 +31,12 @@ _HELP = """usage: sfl status [--federation HOST:PORT] [--watch | --json] [--tls.
 
 Show a federation as the federation server knows it: its members, what they are doing, and who is behind and why.
 
+MB are those of messages with tensors: a device's since its run began, a server's, like an edge server's steps, since its start.
+
   --federation HOST:PORT   where the federation server is (default: 127.0.0.1:7300)
   --watch                  show it again every 2 s, until Ctrl-C
   --json                   print one JSON object
-  --wait-s S               seconds to wait for an answer (default: 5)
+  --wait-s S               seconds to wait for an answer (default: 5); a port at which nobody listens is said at once
   --tls.folder DIR         folder with an operator's certificate, as `sfl certs` makes it
   --config FILE            a TOML file with these settings"""
 
@@ -55,12 +58,13 @@ def status(context: typer.Context) -> None:
     configure_logging("WARNING")
     from rich.console import Console
 
-    from sfl.wire.federation import FederationClient
+    from sfl.wire.federation import PEER, FederationClient
 
     screen = Console()
     if not screen.is_terminal:
         screen.width = 200
     node = own_node(settings.tls, settings.federation)
+    require_listening(settings.federation, PEER, settings.wait_s)
     client = FederationClient(settings.federation, "", settings.wait_s, settings.wait_s, node=node)
     try:
         if switches["--json"]:
@@ -189,9 +193,15 @@ def _plain(text: str) -> Text:
 
 
 def _state(member: pb.MemberStatus) -> str:
-    if member.presence != "present":
-        return member.presence
-    return member.report.activity or "present"
+    from sfl.watching.vitals import has_stopped
+
+    if member.presence == "left":
+        return "left"
+    if has_stopped(member.report):
+        return member.report.activity
+    if member.presence == "present" and member.heard_s >= _SILENT_S:
+        return f"silent for {_span(member.heard_s)}"
+    return (member.presence == "present" and member.report.activity) or member.presence
 
 
 def _style(member: pb.MemberStatus) -> str | None:

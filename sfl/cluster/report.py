@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 _PALETTE = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300", "#eb6834")
+_BYTES = "sent and received: the whole run, training and then each device's test of its adapter"
 _INK, _MUTED, _GRID = "#1f1f1e", "#6b6a67", "#e4e3df"
 _MANY = len(_PALETTE)  # devices beyond this many share one colour and one legend entry
 
@@ -21,6 +22,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     scored = summary["task"] == "classification"
     fed = summary["fed"]
     table = Table(title=f"{summary['strategy']}, {summary['wall_s']:.0f} s", title_justify="left", header_style="bold")
+    table.caption, table.caption_justify = _BYTES, "left"
     for name in ("", "cut", "steps", "examples", "uploads", "sent", "received", "peak memory", "test loss"):
         table.add_column(name, justify="left" if not name else "right")
     for name in ("accuracy", "macro-F1") if scored else ():

@@ -64,10 +64,12 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         kept = kept_in(checkpoints)
         federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink, node)
         opened.callback(federation.close)
+        federation.stopping = lambda: stop.told
         watch.traffic("federation", federation.traffic)
         takes_part = _join(federation, device, kept)
         if takes_part:
             watch.report_to(federation, settings.report_s)
+            opened.push(lambda kind, error, trace: watch.last_report(error))
             with phase("join"):
                 agreement = federation.agreement(settings.join_wait_s)
             labels, policy = list(agreement.labels), agreement.policy
@@ -94,6 +96,7 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
             node,
             federation.served_by if takes_part else lambda edge: None,
             lambda: checkpoints.held,
+            lambda: stop.told,
         )
         opened.callback(link.hang_up)
         watch.traffic("edge", link.traffic)

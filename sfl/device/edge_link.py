@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -38,6 +39,7 @@ from sfl.wire.tensors import RawTensor
 
 PEER = "the edge server"
 _FIRST_PAUSE_S = 0.2
+_LAST_S = 2.0  # for an edge that has gone, of a device that is told to stop: it has often been told so, too
 
 
 class GrpcEdgeLink:
@@ -49,7 +51,7 @@ class GrpcEdgeLink:
     had begun to answer is the first one to do so, and an edge that says that it is busy with what it has from this device is
     asked until it is not.
     `on_edge` hears the edge server's name whenever a stream was opened. `held` tells which checkpoints of the session this device
-    has, and so can go back to. What is raised, `EdgeLink` says.
+    has, and so can go back to. While this device is `stopping` a lost edge is soon given up. What is raised, `EdgeLink` says.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class GrpcEdgeLink:
         node: Node | None = None,
         on_edge: Callable[[str], None] = lambda edge: None,
         held: Callable[[], tuple[int, ...]] = tuple,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.traffic = Traffic()
         self._request = request
         self._give_up_s = give_up_s
         self._held = held
+        self._stopping = stopping
         self._steps_done = 0
         self._begins: Standing | None = Standing()  # as the session begins, until the edge has changed something in it
         self._restored = False  # this process has a session of an earlier one, and the edge has not heard of that yet
@@ -179,9 +183,11 @@ class GrpcEdgeLink:
                 if asked and self._answers and error.number == UnreachableError.number:  # the way broke, and had been mended
                     gone, pause = 0.0, _FIRST_PAUSE_S
                 gone = 0.0 if busy else gone + time.monotonic() - self._heard
-                if gone + pause > self._give_up_s and not busy:
+                stopping = self._stopping()
+                if gone + pause > (min(_LAST_S, self._give_up_s) if stopping else self._give_up_s) and not busy:
                     raise gave_up(error, gone) from error
-                log.warning("%s; opening the session again in %.1f s", error, pause)
+                level = logging.INFO if stopping else logging.WARNING
+                log.log(level, "%s; opening the session again in %.1f s", error, pause)
             time.sleep(pause)
             gone, pause = gone + pause, min(pause * 2, 5.0)
 

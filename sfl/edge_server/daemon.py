@@ -134,6 +134,7 @@ async def _run(
             federation.on_new_federation = partial(loop.call_soon_threadsafe, service.begin_anew)
             await _unless(told, keep_version_0(federation, agreement, _proposal(settings, half), initial))
         finally:
+            await asyncio.to_thread(watch.last_report)
             if service is None:
                 federation.close()  # nothing of a device is on its way to it
             else:

@@ -363,7 +363,7 @@ class SplitService(SplitTrainingServicer):
             return
         device = session.request.device
         del self._streams[device]
-        if not session.closed:
+        if not session.closed and not self._stopping.is_set():
             log.warning("%s is gone after step %d; its session is kept for %g s", device, session.last_step, self._keep_s)
         self._tell(session, "closed" if session.closed else "gone")
         self._stop_expiry(device)

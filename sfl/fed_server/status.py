@@ -13,7 +13,7 @@ from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.roster import Presence
 from sfl.fed_server.stragglers import Pace, stragglers
 from sfl.v1 import federation_pb2 as pb
-from sfl.watching.vitals import Process
+from sfl.watching.vitals import Process, has_stopped
 
 _LONGEST = 200  # characters of what a member says that it does
 _MOST_SESSIONS = 10_000
@@ -100,7 +100,11 @@ class StatusBoard:
     def slow(self) -> dict[str, str]:
         """Why members are behind or not there, by name."""
         now, sessions, presences = self._clock(), self._sessions(), self._federation.presences()
-        away = {each.member.name: f"away: not heard of for {each.heard_s:.0f} s" for each in presences if each.state == "away"}
+        stopped, away = self._stopped(), {}
+        for each in presences:
+            if each.state == "away":
+                what = "stopped, and" if each.member.name in stopped else "away:"
+                away[each.member.name] = f"{what} not heard of for {each.heard_s:.0f} s"
         paces: dict[str, Pace] = {}
         stepping: set[str] = set()
         for each in presences:
@@ -137,6 +141,10 @@ class StatusBoard:
             if name in stays and reported.report.HasField("step_age_s")
         }
 
+    def _stopped(self) -> set[str]:
+        """The members whose last word was that they stop."""
+        return {name for name, reported in list(self._reports.items()) if has_stopped(reported.report)}
+
     def _state(self, presences: Sequence[Presence]) -> str:
         """What the federation is doing or waiting for, in words."""
         federation = self._federation
@@ -151,7 +159,7 @@ class StatusBoard:
         if federation.held_up:
             return f"held up: {federation.held_up}"
         present = {each.member.name for each in presences if each.member.role == "device" and each.state == "present"}
-        if not present:
+        if present <= self._stopped():
             return "waiting: no device is there"
         pooled = set(federation.pooled())
         missing = sorted(present - pooled)

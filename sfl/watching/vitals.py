@@ -18,7 +18,8 @@ from sfl.wire.frames import Traffic
 
 _RECENT = 16  # steps whose median is what a step takes
 _MEGA = 10**6
-_TRAINING, _WAITING = "training", "waiting for its edge server"
+_TRAINING, _WAITING, DONE = "training", "waiting for its edge server", "done"
+STOPPED = "stopped"  # with this the activity of a last report begins, but for a device that is done
 _DOING = {  # phases of a device in words for those who watch it
     "provision": "fetching its half of the model",
     "import": "starting",
@@ -27,6 +28,11 @@ _DOING = {  # phases of a device in words for those who watch it
     "load": "loading its half of the model",
     "round": "waiting for the next version",
 }
+
+
+def has_stopped(report: ReportRequest) -> bool:
+    """Whether this was a daemon's last report, and it may come back."""
+    return report.activity.startswith(STOPPED)
 
 
 class Vitals(Protocol):
@@ -65,8 +71,14 @@ class Process:
     def uptime_s(self) -> float:
         return self.clock() - self._started
 
+    def moved(self) -> tuple[int, int]:
+        """Bytes sent and received by this process so far."""
+        traffic = list(self.traffic.values())
+        return sum(each.sent for each in traffic), sum(each.received for each in traffic)
+
     def report(self, name: str, activity: str) -> ReportRequest:
         """A report with these figures."""
+        sent, received = self.moved()
         return ReportRequest(
             name=name,
             activity=activity,
@@ -74,8 +86,8 @@ class Process:
             uptime_s=self.uptime_s,
             memory_bytes=round((resident_mb() or 0.0) * _MEGA),
             peak_memory_bytes=round(peak_rss_mb() * _MEGA),
-            bytes_sent=sum(traffic.sent for traffic in self.traffic.values()),
-            bytes_received=sum(traffic.received for traffic in self.traffic.values()),
+            bytes_sent=sent,
+            bytes_received=received,
         )
 
 
@@ -120,6 +132,7 @@ class DeviceVitals:
         self._step_s, self._edge_wait_s = _Recent(), _Recent()
         self._waited_s = 0.0  # up to the last step
         self._ended = False
+        self._bytes_before = 0, 0  # sent and received by processes before this one, as the events' totals tell
 
     def hear(self, event: str, fields: Mapping[str, Any]) -> None:
         if event == "start":
@@ -134,6 +147,8 @@ class DeviceVitals:
             self._step_s.add(float(fields["wall_s"]))
             self._edge_wait_s.add(min(self._waits.waited_s - self._waited_s, float(fields["wall_s"])))
             self._waited_s = self._waits.waited_s
+            sent, received = self._process.moved()
+            self._bytes_before = int(fields["bytes_sent"]) - sent, int(fields["bytes_received"]) - received
         elif event == "adopt":
             self._version = int(fields["version"])
         elif event == "submit":
@@ -146,6 +161,8 @@ class DeviceVitals:
         activity = self._activity()
         report = self._process.report(self._name, activity)
         report.stepping = activity in (_TRAINING, _WAITING)
+        report.bytes_sent += self._bytes_before[0]
+        report.bytes_received += self._bytes_before[1]
         report.steps, report.planned_steps = self._step, self._planned
         report.version, report.submissions = self._version, self._submissions
         for name, value in (
@@ -166,7 +183,7 @@ class DeviceVitals:
 
     def _activity(self) -> str:
         if self._ended:
-            return "done"
+            return DONE
         phase = self._waits.phase
         if phase in _DOING:
             return _DOING[phase]

@@ -7,16 +7,20 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sfl.errors import SflError
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings
 from sfl.telemetry import Listener, MetricsWriter, log
 from sfl.v1.federation_pb2 import ReportRequest
-from sfl.watching.vitals import DeviceVitals, EdgeVitals, Process, Vitals, WaitClock
+from sfl.watching.vitals import DONE, STOPPED, DeviceVitals, EdgeVitals, Process, Vitals, WaitClock
 from sfl.wire.address import is_loopback
 from sfl.wire.frames import Traffic
 
 if TYPE_CHECKING:
     from sfl.watching.endpoint import Endpoint, Page
     from sfl.watching.figures import Figures, Read
+
+
+_LAST_S = 2.0  # that a last report may take of a daemon's time to stop
 
 
 class Reports(Protocol):
@@ -36,6 +40,8 @@ class Watch:
         self._settings = settings
         self._ready = False
         self._ended = threading.Event()
+        self._reporter: threading.Thread | None = None
+        self._last_word = ""
         self.process = Process()
         self._waits = WaitClock()
         self.vitals = _vitals(settings, self.process, self._waits)
@@ -73,8 +79,28 @@ class Watch:
     def report_to(self, federation: Reports, every_s: float) -> None:
         """Report to `federation` every `every_s` seconds, in a thread of its own, until the end; never for 0."""
         if every_s and self.vitals is not None:
-            arguments = (federation, self.vitals.report, every_s, self._ended)
-            threading.Thread(target=_report, args=arguments, name="report", daemon=True).start()
+            arguments = (federation, self.vitals, every_s)
+            self._reporter = threading.Thread(target=self._report, args=arguments, name="report", daemon=True)
+            self._reporter.start()
+
+    def last_report(self, error: BaseException | None = None) -> None:
+        """Have whoever is reported to know that this daemon stops now, by this error if it is one of ours, before its connection
+        is closed; returns after `_LAST_S` at the latest."""
+        self._last_word = f"{STOPPED} by error {error.code}" if isinstance(error, SflError) else STOPPED
+        self._ended.set()
+        if self._reporter is not None:
+            self._reporter.join(_LAST_S)
+
+    def _report(self, federation: Reports, vitals: Vitals, every_s: float) -> None:
+        while not self._ended.is_set():
+            federation.report(vitals.report())
+            self._ended.wait(every_s)
+        if self._last_word:
+            last = vitals.report()
+            last.activity = DONE if last.activity == DONE else self._last_word
+            last.stepping = False
+            del last.sessions[:]
+            federation.report(last)
 
     def close(self) -> None:
         self._ended.set()
@@ -157,9 +183,3 @@ def _vitals(settings: DaemonSettings, process: Process, waits: WaitClock) -> Vit
 
 def _by_device(read: Callable[[], dict[str, float]]) -> Read:
     return lambda: {(device,): value for device, value in read().items()}
-
-
-def _report(federation: Reports, read: Callable[[], ReportRequest], every_s: float, ended: threading.Event) -> None:
-    while not ended.is_set():
-        federation.report(read())
-        ended.wait(every_s)

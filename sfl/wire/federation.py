@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from sfl.wire.refusals import number_of
 
 PEER = "the federation server"
 CALL_S = 300.0  # deadline of one call, a whole adapter's transfer included
+_SAID_S = 30.0  # after which a server that stays away is said to do so again, and then after twice as long
 _REPORT_S = 10.0  # of one that is small and can wait for its next time
 
 Result = TypeVar("Result")
@@ -63,6 +65,7 @@ class FederationClient:
         self._channel = dial(address, PEER, wait_s, node, "fed")
         self._stub = FederationStub(self._channel)
         self.on_new_federation: Callable[[], object] = lambda: None
+        self.stopping: Callable[[], bool] = lambda: False  # whether this member is to end: what fails then is not tried again
         self._federation = ""  # id of the one that was joined
         self._wanted = False  # a proposal of version 0
         self._changed = threading.Condition()
@@ -274,7 +277,13 @@ class FederationClient:
             self._watcher.join(timeout=5.0)
 
     def _retry(self, call: Callable[[], Result]) -> Result:
+        tried = False
+
         def unless_closed() -> Result:
+            nonlocal tried
+            if tried and self.stopping():
+                raise UnreachableError(f"{PEER} is out of reach, and {self._name} is to stop: it is not tried again")
+            tried = True
             if self._closed.is_set():
                 raise UnreachableError(f"the connection to {PEER} was closed")
             self._require_watch()  # without it nobody would join again
@@ -312,10 +321,11 @@ class FederationClient:
         """Follow the server's events; when the stream breaks, follow them anew until `give_up_s` without one.
 
         A server that knows nothing of this member is joined again. An edge server does not give up, nor end with a run: it is
-        there for whatever federation there will be.
+        there for whatever federation there will be. That the server is away is said when that begins and ever more seldom, and
+        where the federation has finished it is no warning.
         """
         heard, unknown, joined_again, pause = time.monotonic(), False, False, 1.0
-        stays = self._request.role == pb.EDGE
+        stays, say_after = self._request.role == pb.EDGE, 0.0
         while not self._closed.is_set() and (stays or not self._finished):
             try:
                 if unknown:
@@ -324,9 +334,11 @@ class FederationClient:
                     unknown = False
                 request = pb.WatchRequest(name=self._name, federation=self._federation)
                 for event in until_silent(self._stub.Watch(request), PEER, SILENCE_S):
-                    heard, joined_again, pause = time.monotonic(), False, 1.0
+                    if say_after:
+                        log.info("%s is back", PEER)
+                    heard, joined_again, pause, say_after = time.monotonic(), False, 1.0, 0.0
                     self._take(event)
-                failure: SflError = UnreachableError(f"{PEER} ended the watch")
+                failure: SflError = UnreachableError(f"{PEER} has stopped")
             except grpc.RpcError as error:
                 failure = error_from(error, PEER)
                 unknown = unknown or number_of(error) == UnknownMemberError.number
@@ -347,7 +359,10 @@ class FederationClient:
                 log.error("the watch has ended: %s", failure)
                 self._fail(failure)
                 return
-            log.warning("%s; watching again in %.0f s", failure, pause)
+            if gone >= say_after:
+                again = f"tried for {gone:.0f} s so far" if say_after else f"watching again in {pause:.0f} s"
+                log.log(logging.INFO if self._finished else logging.WARNING, "%s; %s", failure, again)
+                say_after = max(_SAID_S, 2 * gone)
             self._closed.wait(pause)
             pause = min(pause + 1.0, 5.0)
 

@@ -104,7 +104,7 @@ def test_the_summary_holds_what_scripts_rely_on(cluster: Cluster) -> None:
     whole = {**summary, "wall_s": 3.0, "central": {"loss": 1.0, "accuracy": 0.875, "f1_macro": 0.5}}
     stream = io.StringIO()
     Console(file=stream, width=160).print(summary_table(whole))
-    for text in ("device-3", "0.800", "5.0 MB", "edge-1", "central adapter v1", "0.875"):
+    for text in ("device-3", "0.800", "5.0 MB", "edge-1", "central adapter v1", "0.875", "training and then each device's test"):
         assert text in stream.getvalue()
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sfl.cli.main import app
 from sfl.cluster.plan import free_addresses
+from sfl.errors import UnreachableError
 from sfl.settings import StrategySettings
 from tests.daemons.processes import WAIT_S, Daemon, Daemons
 from tests.daemons.runs import edge_settings, several_devices, start_all, stop_servers
@@ -60,8 +61,8 @@ def test_a_federation_is_seen_from_outside(tmp_path: Path) -> None:
 
         def training() -> dict[str, Any] | None:
             try:
-                found: dict[str, Any] = json.loads(sfl("status", "--federation", federation, "--json", "--wait-s", "30"))
-            except AssertionError:  # the federation server is starting
+                found: dict[str, Any] = json.loads(sfl("status", "--federation", federation, "--json"))
+            except UnreachableError:  # the federation server is starting
                 return None
             told = {member["name"]: member["report"] for member in found["members"] if member["report"]}
             stepping = [told[name]["steps"] >= 5 for name in ("device-1", "device-2") if name in told]
@@ -96,6 +97,11 @@ def test_a_federation_is_seen_from_outside(tmp_path: Path) -> None:
 
         for settings in devices:
             assert daemons[settings.name].stop() == 0, daemons[settings.name].log
+        told = json.loads(sfl("status", "--federation", federation, "--json"))["members"]
+        assert {member["name"]: member["report"]["activity"] for member in told if member["role"] == "DEVICE"} == {
+            "device-1": "stopped",
+            "device-2": "stopped",
+        }
         assert stop_servers(daemons) == {"edge": 0, "fed": 0}
         lines = [json.loads(line) for line in daemons["device-1"].log.splitlines() if line.startswith("{")]
         assert len(lines) > 3

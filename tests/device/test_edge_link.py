@@ -42,8 +42,8 @@ def net(edge: ServedEdge) -> Iterator[Network]:
 
 
 @contextlib.contextmanager
-def linked(edge: ServedEdge, address: str, give_up_s: float = 15.0) -> Iterator[GrpcEdgeLink]:
-    link = GrpcEdgeLink(address, edge.halves.request(), 5, give_up_s)
+def linked(edge: ServedEdge, address: str, give_up_s: float = 15.0, **more: Any) -> Iterator[GrpcEdgeLink]:
+    link = GrpcEdgeLink(address, edge.halves.request(), 5, give_up_s, **more)
     try:
         link.begin()
         yield link
@@ -192,6 +192,21 @@ def test_an_edge_that_is_gone_for_good(edge: ServedEdge, caplog: pytest.LogCaptu
             step(edge, link, 2)
         assert time.monotonic() - started < 4
     assert "opening the session again" in caplog.text
+    edge.start()
+
+
+def test_a_device_that_is_to_stop_does_not_try_for_long(
+    edge: ServedEdge, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.device.edge_link._LAST_S", 0.3)
+    with caplog.at_level(logging.WARNING, "sfl"), linked(edge, edge.address, stopping=lambda: True) as link:
+        step(edge, link, 1)
+        edge.stop()
+        started = time.monotonic()
+        with pytest.raises(UnreachableError, match="gave up after 0 s"):
+            step(edge, link, 2)
+        assert time.monotonic() - started < 2
+    assert "opening the session again" not in caplog.text, "no warning of what is to be expected"
     edge.start()
 
 

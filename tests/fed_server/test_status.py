@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sfl.cli.main import app
-from sfl.cli.status import as_dict, shown
+from sfl.cli.status import _state, as_dict, shown
 from sfl.errors import RefusedError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.status import StatusBoard
@@ -205,6 +206,34 @@ def test_a_report_keeps_a_member_present(tmp_path: Path) -> None:
     assert by_name(made.status())["a"].presence == "present"
 
 
+def test_who_has_stopped_in_order_is_shown_as_stopped_and_who_is_gone_as_silent(tmp_path: Path) -> None:
+    fed, made, clock = board(tmp_path, away_after_s=60)
+    for name in ("a", "b", "edge"):
+        made.report(report(name))
+    made.report(report("a", activity="stopped", stepping=False))
+    fed.watch_ends("a")
+    fed.watch_ends("edge")
+    clock.now += 20
+    assert lines(made.status(), "a") == ["stopped"]
+    assert lines(made.status(), "b") == ["training"]
+    assert lines(made.status(), "edge") == ["silent for 20 s"]
+    assert made.status().state == "training"
+    made.report(report("b", activity="stopped by error SFL-700", stepping=False))
+    assert made.status().state == "waiting: no device is there"
+    clock.now += 50
+    assert lines(made.status(), "a") == ["stopped", "stopped, and not heard of for 70 s"]
+    assert lines(made.status(), "b") == ["stopped by error SFL-700"]
+    assert lines(made.status(), "edge") == ["away", "away: not heard of for 70 s"]
+    made.report(report("a"))
+    assert lines(made.status(), "a") == ["training"], "it is back"
+
+
+def lines(reply: pb.StatusReply, name: str) -> list[str]:
+    """What `sfl status` shows as a member's state, and why it is behind."""
+    member = by_name(reply)[name]
+    return [_state(member)] + [member.slow] * bool(member.slow)
+
+
 def test_over_grpc(tmp_path: Path) -> None:
     fed = federation(tmp_path, 1)
     with serving(fed) as (address, _), clients(address, "a") as (a,):
@@ -276,5 +305,17 @@ def test_the_command(tmp_path: Path) -> None:
         assert json.loads(as_json.output)["expected"] == 1
         client = FederationClient(address, "", 5, 5)
         client.close()
-    gone = CliRunner().invoke(app, ["status", "--federation", address, "--wait-s", "0.3"])
-    assert "did not answer within 0.3 s" in str(gone.exception)
+
+
+def test_a_port_that_refuses_is_said_at_once_and_one_that_is_silent_is_waited_for() -> None:
+    def asked(address: str, *more: str) -> tuple[str, float]:
+        began = time.monotonic()
+        result = CliRunner().invoke(app, ["status", "--federation", address, *more])
+        return str(result.exception), time.monotonic() - began
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert asked(address, "--wait-s", "0.3")[0].startswith(f"the federation server at {address} did not answer within 0.3 s")
+    message, took_s = asked(address)
+    assert message == f"nobody listens at {address}: is the federation server running, and is the address right?"
+    assert took_s < 1

@@ -31,7 +31,16 @@ def device(clock: Clock) -> Iterator[DeviceVitals]:
 
 
 def step(number: int, wall_s: float = 0.5, **more: Any) -> dict[str, Any]:
-    return {"step": number, "version": 3, "loss": 0.25, "wall_s": wall_s, "examples": 8, **more}
+    return {
+        "step": number,
+        "version": 3,
+        "loss": 0.25,
+        "wall_s": wall_s,
+        "examples": 8,
+        "bytes_sent": 0,
+        "bytes_received": 0,
+        **more,
+    }
 
 
 def test_a_device_tells_where_its_seconds_go(device: DeviceVitals, clock: Clock) -> None:
@@ -115,6 +124,19 @@ def test_bytes_are_those_with_all_peers(clock: Clock) -> None:
         process.traffic[peer].add(sent=sent, received=2 * sent)
     report = process.report("pi-1", "training")
     assert (report.bytes_sent, report.bytes_received) == (15, 30)
+
+
+def test_a_devices_bytes_are_those_of_its_run_also_after_it_was_started_again(device: DeviceVitals) -> None:
+    traffic = device._process.traffic["edge"] = Traffic()
+    traffic.add(sent=100, received=10)
+    assert (device.report().bytes_sent, device.report().bytes_received) == (100, 10)
+    device.hear("resume", {"step": 6, "version": 3, "submissions": 2})
+    device.hear("step", step(7, bytes_sent=5100, bytes_received=310))  # totals with what an earlier process has moved
+    assert (device.report().bytes_sent, device.report().bytes_received) == (5100, 310)
+    traffic.add(sent=50)
+    device.hear("step", step(8, bytes_sent=5150, bytes_received=310))
+    traffic.add(received=7)
+    assert (device.report().bytes_sent, device.report().bytes_received) == (5150, 317)
 
 
 def test_an_edge_server_tells_of_each_session(clock: Clock) -> None:

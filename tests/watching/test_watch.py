@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sfl.errors import ListenError
+from sfl.errors import ListenError, UnreachableError
 from sfl.phases import phase
 from sfl.settings import DeviceSettings, EdgeSettings, FedSettings
 from sfl.telemetry import log
@@ -153,6 +153,53 @@ def test_it_reports_again_and_again_until_it_ends(tmp_path: Path) -> None:
     assert len(federation.reports) <= count + 1, "one may have been on its way"
     assert federation.reports[-1].steps == 1
     assert federation.reports[-1].name == "pi-1"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(None, "stopped"), (KeyboardInterrupt(), "stopped"), (UnreachableError("x"), "stopped by error SFL-700")]
+)
+def test_the_last_report_says_that_it_stops(tmp_path: Path, error: BaseException | None, told: str) -> None:
+    federation = Federation()
+    with Watch(device(tmp_path, "")) as watch:
+        watch.report_to(federation, 60)
+        watch.metrics.write("start", steps=9)
+        watch.metrics.write("step", **STEP)
+        watch.last_report(error)
+        last = federation.reports[-1]
+        assert (last.activity, last.steps, last.stepping) == (told, 1, False)
+    assert len(federation.reports) == 2
+
+
+def test_the_last_report_of_a_device_that_is_done_says_so(tmp_path: Path) -> None:
+    federation = Federation()
+    with Watch(device(tmp_path, "")) as watch:
+        watch.report_to(federation, 60)
+        watch.metrics.write("end", steps=9)
+        watch.last_report()
+    assert federation.reports[-1].activity == "done"
+
+
+def test_a_last_report_that_does_not_arrive_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfl.watching.watch._LAST_S", 0.1)
+    over = threading.Event()
+    federation = Federation()
+    monkeypatch.setattr(federation, "report", lambda request: over.wait(10))
+    with Watch(device(tmp_path, "")) as watch:
+        watch.report_to(federation, 60)
+        began = time.monotonic()
+        watch.last_report()
+        assert time.monotonic() - began < 2
+    over.set()
+
+
+def test_a_stopped_edge_server_reports_no_sessions(tmp_path: Path) -> None:
+    federation = Federation()
+    with Watch(EdgeSettings(name="edge-1", model="none", out=tmp_path / "out")) as watch:
+        watch.metrics.write("session", device="pi-1", state="open", step=0)
+        watch.report_to(federation, 60)
+        watch.last_report()
+    last = federation.reports[-1]
+    assert (last.activity, len(federation.reports[0].sessions), len(last.sessions)) == ("stopped", 1, 0)
 
 
 def test_no_reports_where_none_are_asked_for(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class Server(FederationServicer):  # type: ignore[misc]
     """Lets everybody join, publishes version 1, and is silent from then on; `leave` and `watch` say what else it does."""
 
     def __init__(self, watch: Callable[[int, Any], None], leave: Callable[[Any], None]) -> None:
-        self.watches = 0
+        self.watches = self.refused = 0
+        self.away = False
         self.over = threading.Event()
         self.fetched: list[pb.FetchRequest] = []
         self._watch, self._leave = watch, leave
@@ -34,6 +35,9 @@ class Server(FederationServicer):  # type: ignore[misc]
         return pb.JoinReply()
 
     def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Event]:
+        if self.away:
+            self.refused += 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "away")
         self.watches += 1
         context.add_callback(self.over.set if self.watches > 2 else lambda: None)
         yield PUBLISHED
@@ -66,6 +70,13 @@ def joined(
         client.close()
         servicer.over.set()
         server.stop(0)
+
+
+def until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ready()
 
 
 def failure_of(ask: Callable[[], object], end: Callable[[], object]) -> SflError:
@@ -109,6 +120,34 @@ def test_a_watch_that_falls_silent_is_begun_again(monkeypatch: pytest.MonkeyPatc
         assert server.watches == 2
         assert client.newest == 1
     assert "the federation server was silent for 0.3 s; watching again in 1 s" in caplog.text
+
+
+def test_that_the_server_has_stopped_is_said_once_and_that_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sfl"), joined() as (client, server):
+        wait = client._closed.wait
+        client._closed.wait = lambda timeout=None: wait(0.02)  # type: ignore[method-assign]  # in place of a second and more
+        server.away = True
+        server.over.set()  # the watch ends in order
+        until(lambda: server.refused > 2)
+        server.over.clear()
+        server.away = False
+        until(lambda: "is back" in caplog.text)
+    said = [record.getMessage() for record in caplog.records if "the federation server" in record.getMessage()]
+    assert said == ["the federation server has stopped; watching again in 1 s", "the federation server is back"]
+
+
+def test_who_is_to_stop_does_not_try_again() -> None:
+    asked = []
+
+    def leave(context: Any) -> None:
+        asked.append(1)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "later")
+
+    with joined(leave=leave) as (client, _):
+        client.stopping = lambda: bool(asked)
+        with pytest.raises(UnreachableError, match="is out of reach, and device-1 is to stop: it is not tried again"):
+            client.leave()
+    assert len(asked) == 1
 
 
 def test_a_watch_that_has_ended_is_told_to_whoever_looks(caplog: pytest.LogCaptureFixture) -> None:
