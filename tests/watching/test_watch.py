@@ -156,7 +156,16 @@ def test_it_reports_again_and_again_until_it_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(None, "stopped"), (KeyboardInterrupt(), "stopped"), (UnreachableError("x"), "stopped by error SFL-700")]
+    ("error", "told"),
+    [
+        (None, "stopped"),
+        (KeyboardInterrupt(), "stopped"),
+        (UnreachableError("x"), "stopped by error SFL-700"),
+        (OSError(28, "No space left on device"), "stopped by error SFL-002"),
+        (ModuleNotFoundError("no torch", name="torch"), "stopped by error SFL-003"),
+        (ModuleNotFoundError("nobody has heard of it", name="x"), "stopped by an error"),
+        (RuntimeError("boom"), "stopped by an error"),
+    ],
 )
 def test_the_last_report_says_that_it_stops(tmp_path: Path, error: BaseException | None, told: str) -> None:
     federation = Federation()
