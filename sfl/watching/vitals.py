@@ -19,7 +19,6 @@ from sfl.wire.frames import Traffic
 _RECENT = 16  # steps whose median is what a step takes
 _MEGA = 10**6
 _TRAINING, _WAITING, DONE = "training", "waiting for its edge server", "done"
-STOPPED = "stopped"  # with this the activity of a last report begins, but for a device that is done
 _DOING = {  # phases of a device in words for those who watch it
     "provision": "fetching its half of the model",
     "import": "starting",
@@ -28,11 +27,6 @@ _DOING = {  # phases of a device in words for those who watch it
     "load": "loading its half of the model",
     "round": "waiting for the next version",
 }
-
-
-def has_stopped(report: ReportRequest) -> bool:
-    """Whether this was a daemon's last report, and it may come back."""
-    return report.activity.startswith(STOPPED)
 
 
 class Vitals(Protocol):

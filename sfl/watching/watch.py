@@ -93,10 +93,13 @@ class Watch:
 
     def _report(self, federation: Reports, vitals: Vitals, every_s: float) -> None:
         while not self._ended.is_set():
-            federation.report(vitals.report())
+            report = vitals.report()
+            report.every_s = every_s
+            federation.report(report)
             self._ended.wait(every_s)
         if self._last_word:
             last = vitals.report()
+            last.ended = True
             last.activity = DONE if last.activity == DONE else self._last_word
             last.stepping = False
             del last.sessions[:]

@@ -98,10 +98,11 @@ def test_a_federation_is_seen_from_outside(tmp_path: Path) -> None:
         for settings in devices:
             assert daemons[settings.name].stop() == 0, daemons[settings.name].log
         told = json.loads(sfl("status", "--federation", federation, "--json"))["members"]
-        assert {member["name"]: member["report"]["activity"] for member in told if member["role"] == "DEVICE"} == {
+        assert {member["name"]: member["presence"] for member in told if member["role"] == "DEVICE"} == {
             "device-1": "stopped",
             "device-2": "stopped",
         }
+        assert 'sfl_members{role="device",state="stopped"} 2.0' in page(addresses["fed"], "/metrics")
         assert stop_servers(daemons) == {"edge": 0, "fed": 0}
         lines = [json.loads(line) for line in daemons["device-1"].log.splitlines() if line.startswith("{")]
         assert len(lines) > 3

@@ -175,7 +175,8 @@ def test_the_last_report_says_that_it_stops(tmp_path: Path, error: BaseException
         watch.metrics.write("step", **STEP)
         watch.last_report(error)
         last = federation.reports[-1]
-        assert (last.activity, last.steps, last.stepping) == (told, 1, False)
+        assert (last.activity, last.steps, last.stepping, last.ended) == (told, 1, False, True)
+        assert (federation.reports[0].every_s, federation.reports[0].ended) == (60, False)
     assert len(federation.reports) == 2
 
 
