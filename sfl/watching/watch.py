@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sfl.watching.figures import Figures, Read
 
 
-_LAST_S = 2.0  # that a last report may take of a daemon's time to stop
+LAST_S = 2.0  # that a last report may take of a daemon's time to stop
 
 
 class Reports(Protocol):
@@ -85,11 +85,11 @@ class Watch:
 
     def last_report(self, error: BaseException | None = None) -> None:
         """Have whoever is reported to know that this daemon stops now, by this error if it is one and no signal, before its
-        connection is closed; returns after `_LAST_S` at the latest."""
+        connection is closed; returns after `LAST_S` at the latest."""
         self._last_word = _last_word(error)
         self._ended.set()
         if self._reporter is not None:
-            self._reporter.join(_LAST_S)
+            self._reporter.join(LAST_S)
 
     def _report(self, federation: Reports, vitals: Vitals, every_s: float) -> None:
         while not self._ended.is_set():

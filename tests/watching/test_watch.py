@@ -190,7 +190,7 @@ def test_the_last_report_of_a_device_that_is_done_says_so(tmp_path: Path) -> Non
 
 
 def test_a_last_report_that_does_not_arrive_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfl.watching.watch._LAST_S", 0.1)
+    monkeypatch.setattr("sfl.watching.watch.LAST_S", 0.1)
     over = threading.Event()
     federation = Federation()
     monkeypatch.setattr(federation, "report", lambda request: over.wait(10))
