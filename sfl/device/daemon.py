@@ -62,6 +62,8 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         opened.callback(checkpoints.close)
         begun = bool(checkpoints.document)
         kept = kept_in(checkpoints)
+        if kept:
+            watch.goes_on(kept["run"]["bytes_sent"], kept["run"]["bytes_received"])
         federation = FederationClient(
             settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink, node, lambda: stop.told
         )

@@ -62,6 +62,11 @@ class Watch:
         if isinstance(self.vitals, EdgeVitals):
             self.vitals.activity = activity
 
+    def goes_on(self, sent: int, received: int) -> None:
+        """A device's run has moved so many bytes before this process."""
+        if isinstance(self.vitals, DeviceVitals):
+            self.vitals.goes_on(sent, received)
+
     def traffic(self, peer: str, traffic: Traffic) -> None:
         """Count `traffic` as that with `peer`."""
         self.process.traffic[peer] = traffic

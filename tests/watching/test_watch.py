@@ -184,7 +184,7 @@ def test_the_last_report_of_a_device_that_is_done_says_so(tmp_path: Path) -> Non
     federation = Federation()
     with Watch(device(tmp_path, "")) as watch:
         watch.report_to(federation, 60)
-        watch.metrics.write("end", steps=9)
+        watch.metrics.write("end", steps=9, bytes_sent=0, bytes_received=0)
         watch.last_report()
     assert federation.reports[-1].activity == "done"
 
