@@ -323,3 +323,19 @@ class RightsError(RefusedError):
     """A certificate does not allow what its node asked for."""
 
     number = 804
+
+
+_EXTRAS = {"torch": "train", "transformers": "train", "peft": "train", "matplotlib": "demo", "bitsandbytes": "quant"}
+
+
+def as_ours(error: BaseException) -> SflError | None:
+    """What is said of `error`: a machine's refusal and a missing package have kinds here; None for what nobody has thought of."""
+    if isinstance(error, SflError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            return None
+        why = f"this needs {package}, which is not installed: pip install '.[{_EXTRAS[package]}]' in sfl's folder"
+        return MissingPackageError(why)
+    return MachineError(str(error)) if isinstance(error, OSError) else None  # a full disk, a folder that may not be written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -15,7 +14,7 @@ from sfl.cli.names import settings_of, variable_of
 from sfl.connection_settings import TlsSettings
 from sfl.errors import PlaintextError, UnreachableError
 from sfl.identity.node import Node
-from sfl.wire.address import check_address, is_loopback
+from sfl.wire.address import connect, is_loopback
 
 
 class AskingSettings(Settings):
@@ -56,9 +55,8 @@ def require_listening(address: str, peer: str, wait_s: float) -> None:
 
     Where nothing answers, nothing is raised: that is `dial`'s to wait for.
     """
-    host, port = check_address(address)
     try:
-        socket.create_connection((host.strip("[]"), port), timeout=min(_PROBE_S, wait_s)).close()
+        connect(address, min(_PROBE_S, wait_s)).close()
     except ConnectionRefusedError as error:
         raise UnreachableError(f"nobody listens at {address}: is {peer} running, and is the address right?") from error
     except OSError:

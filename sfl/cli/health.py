@@ -17,7 +17,8 @@ Ask a server at HOST:PORT by gRPC's health protocol whether it serves, or a daem
 device answers on its metrics_listen. Exit code 0 if it does.
 
   --service NAME     one service, such as sfl.v1.SplitTraining; left out: the server as a whole
-  --wait-s S         seconds to wait for an answer (default: 5)
+  --wait-s S         seconds to wait for an answer (default: 5); a port at which nobody listens is said at once, also that of a
+                     server that is starting
   --tls.folder DIR   the node's folder whose certificate is shown; see also SFL_TLS__FOLDER"""
 
 

@@ -25,10 +25,8 @@ from sfl.cli.health import health
 from sfl.cli.plan import plan
 from sfl.cli.profile import profile
 from sfl.cli.status import status
-from sfl.errors import MachineError, MissingPackageError, SflError
+from sfl.errors import SflError, as_ours
 from sfl.telemetry import is_structured, log
-
-_EXTRAS = {"torch": "train", "transformers": "train", "peft": "train", "matplotlib": "demo", "bitsandbytes": "quant"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(demo)
@@ -65,16 +63,11 @@ def main() -> None:
     """Run the command line and exit; what a user can cause or meet ends in one line on standard error."""
     try:
         app(prog_name="sfl")
-    except SflError as error:
-        _fail(error)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+    except (SflError, ModuleNotFoundError, OSError) as error:
+        ours = as_ours(error)
+        if ours is None:
             raise
-        why = f"this needs {package}, which is not installed: pip install '.[{_EXTRAS[package]}]' in sfl's folder"
-        _fail(MissingPackageError(why))
-    except OSError as error:  # a full disk, a folder that may not be written
-        _fail(MachineError(str(error)))
+        _fail(ours)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _EVERY_S = 2.0
-_SILENT_S = 10.0  # without a connection, after which a member that is not away yet is shown as silent
 _OF_DEVICES = (
     *("device", "state", "edge", "cut>", "step>", "version>", "loss>", "s/step>", "last step>"),
     *("sent MB>", "received MB>", "memory MB>", "updates>", "uplink MB/s>"),
@@ -193,15 +192,9 @@ def _plain(text: str) -> Text:
 
 
 def _state(member: pb.MemberStatus) -> str:
-    from sfl.watching.vitals import has_stopped
-
-    if member.presence == "left":
-        return "left"
-    if has_stopped(member.report):
-        return member.report.activity
-    if member.presence == "present" and member.heard_s >= _SILENT_S:
-        return f"silent for {_span(member.heard_s)}"
-    return (member.presence == "present" and member.report.activity) or member.presence
+    """What a member does while it is there, and what it said when it stopped; else where it is."""
+    tells = member.presence == "present" or (member.report.ended and member.presence != "left")
+    return (tells and member.report.activity) or member.presence
 
 
 def _style(member: pb.MemberStatus) -> str | None:

@@ -62,9 +62,12 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         opened.callback(checkpoints.close)
         begun = bool(checkpoints.document)
         kept = kept_in(checkpoints)
-        federation = FederationClient(settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink, node)
+        if kept:
+            watch.goes_on(kept["run"]["bytes_sent"], kept["run"]["bytes_received"])
+        federation = FederationClient(
+            settings.federation, settings.name, settings.wait_s, settings.give_up_s, uplink, node, lambda: stop.told
+        )
         opened.callback(federation.close)
-        federation.stopping = lambda: stop.told
         watch.traffic("federation", federation.traffic)
         takes_part = _join(federation, device, kept)
         if takes_part:

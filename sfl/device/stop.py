@@ -11,8 +11,9 @@ from typing import Any
 
 from sfl.errors import SflError
 from sfl.telemetry import log
+from sfl.watching.watch import LAST_S
 
-GRACE_S = 8.0  # container engines wait for 10 before they kill
+GRACE_S = 8.0 - LAST_S  # before the last report; container engines wait for 10 before they kill
 
 
 class Stopped(BaseException):

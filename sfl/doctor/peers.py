@@ -13,7 +13,7 @@ from sfl.doctor.finding import Finding, broke, failed, passed, skipped, warned
 from sfl.errors import PeerIdentityError, SflError
 from sfl.identity.identity import Role
 from sfl.identity.node import Node
-from sfl.wire.address import check_address, is_loopback
+from sfl.wire.address import check_address, connect, is_loopback
 from sfl.wire.channel import dial
 from sfl.wire.tls import check_peer, require_plaintext
 
@@ -86,10 +86,9 @@ def _name(server: Server) -> Finding:
 
 
 def _route(server: Server) -> Finding:
-    host, port = check_address(server.address)
     name, started = server.name("route"), time.perf_counter()
     try:
-        socket.create_connection((host.strip("[]"), port), timeout=WAIT_S).close()
+        connect(server.address, WAIT_S).close()
     except ConnectionRefusedError:
         why = f"{server.address} refuses connections"
         return failed(name, why, f"is {server.peer} running there, with this port in its `listen`, and not on 127.0.0.1 only?")

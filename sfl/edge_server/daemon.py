@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -101,8 +102,27 @@ async def _run(
         watch.ready()
         log.info("edge server %s listens on %s", settings.name, address)
         service: SplitService | None = None
-        chores: list[asyncio.Task[None]] = []
-        try:
+
+        def end() -> None:
+            log.info("edge server %s has stopped", settings.name)
+            if service is not None:
+                metrics.write(
+                    "end",
+                    steps=service.steps,
+                    bytes_received=service.traffic.received + federation.traffic.received,
+                    bytes_sent=service.traffic.sent + federation.traffic.sent,
+                    bytes_provided=provisioning.bytes_sent,
+                    peak_rss_mb=round(peak_rss_mb(), 1),
+                )
+
+        async with AsyncExitStack() as closing:  # from the last to the first, each though another raises
+            closing.callback(end)
+            closing.callback(federation.close)  # or the loop would wait for calls that are still tried again
+            # Nobody is served any more, so it may hold up the loop; a thread of the loop's might not be free before the close.
+            closing.push(lambda kind, error, trace: watch.last_report(error))
+            closing.push_async_callback(stop, server, _GRACE_S)
+            closing.push_async_callback(provisioning.close)
+            closing.push_async_callback(health.stopping)
             agreement = await _unless(told, asyncio.to_thread(federation.agreement, settings.join_wait_s))
             if agreement is None:
                 log.info("edge server %s was told to stop before all members had agreed", settings.name)
@@ -124,8 +144,10 @@ async def _run(
                 name=settings.name,
                 limits=settings.limits,
             )
+            closing.callback(service.stop)
             service.send_kept()
-            chores += map(asyncio.create_task, (service.sweep_hourly(settings.session_keep_s), service.send_again()))
+            for chore in (service.sweep_hourly(settings.session_keep_s), service.send_again()):
+                closing.callback(asyncio.create_task(chore).cancel)
             watch.traffic("devices", service.traffic)
             gate.open(service)
             watch.says("serving no device")  # yet, or any more
@@ -133,28 +155,6 @@ async def _run(
             loop = asyncio.get_running_loop()
             federation.on_new_federation = partial(loop.call_soon_threadsafe, service.begin_anew)
             await _unless(told, keep_version_0(federation, agreement, _proposal(settings, half), initial))
-        finally:
-            await asyncio.to_thread(watch.last_report)
-            if service is None:
-                federation.close()  # nothing of a device is on its way to it
-            else:
-                for chore in chores:
-                    chore.cancel()
-                service.stop()
-            await health.stopping()
-            await provisioning.close()
-            await stop(server, _GRACE_S)
-            federation.close()  # or the loop would wait for calls that are still tried again
-            log.info("edge server %s has stopped", settings.name)
-            if service is not None:
-                metrics.write(
-                    "end",
-                    steps=service.steps,
-                    bytes_received=service.traffic.received + federation.traffic.received,
-                    bytes_sent=service.traffic.sent + federation.traffic.sent,
-                    bytes_provided=provisioning.bytes_sent,
-                    peak_rss_mb=round(peak_rss_mb(), 1),
-                )
 
 
 def description_of(settings: EdgeSettings, config: PretrainedConfig, lora: LoraSpec, fingerprint: str) -> Description:
@@ -233,5 +233,7 @@ async def _unless(told: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Res
     working, telling = asyncio.create_task(work), asyncio.create_task(told.wait())
     await asyncio.wait({working, telling}, return_when=asyncio.FIRST_COMPLETED)
     telling.cancel()
-    working.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio reports one that nobody awaits
-    return working.result() if working.done() else None
+    if working.done():
+        return working.result()
+    working.cancel()  # a thread that it waits for ends with the connection
+    return None

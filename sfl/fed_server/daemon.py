@@ -102,7 +102,7 @@ def _show(watch: Watch, federation: Federation, board: StatusBoard) -> None:
     """Figures that are read when somebody asks."""
 
     def members() -> dict[tuple[str, ...], float]:
-        return {key: float(count) for key, count in Counter((m.member.role, m.state) for m in federation.presences()).items()}
+        return {key: float(count) for key, count in Counter((m.member.role, m.state) for m in board.presences()).items()}
 
     watch.read("sfl_version", "newest global version", lambda: federation.version)
     watch.read("sfl_pool_updates", "devices whose updates wait in the pool", lambda: float(len(federation.pooled())))
@@ -113,9 +113,8 @@ def _show(watch: Watch, federation: Federation, board: StatusBoard) -> None:
         lambda: {(device,): age for device, age in board.ages().items()},
         ("device",),
     )
-    watch.read(
-        "sfl_behind", "1 for a member that is behind the others, or away", lambda: {(n,): 1.0 for n in board.slow()}, ("member",)
-    )
+    text = "1 for a member that is behind the others, silent or away"
+    watch.read("sfl_behind", text, lambda: {(name,): 1.0 for name in board.slow()}, ("member",))
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

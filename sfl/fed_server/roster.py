@@ -17,10 +17,13 @@ _EDGES = 2  # that a device is remembered to have had sessions with: of the one 
 
 @dataclass(frozen=True)
 class Presence:
-    """A member, whether it is there, and the seconds since it was last heard of; while it watches, 0."""
+    """A member, whether it is there, and the seconds since it was last heard of; while it watches, 0.
+
+    Of a member that counts as present `StatusBoard` knows more: whether it has stopped or is silent.
+    """
 
     member: Member
-    state: Literal["present", "away", "left"]
+    state: Literal["present", "stopped", "silent", "away", "left"]
     heard_s: float
 
 

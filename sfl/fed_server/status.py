@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sfl import __version__
@@ -13,12 +14,14 @@ from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.roster import Presence
 from sfl.fed_server.stragglers import Pace, stragglers
 from sfl.v1 import federation_pb2 as pb
-from sfl.watching.vitals import Process, has_stopped
+from sfl.watching.vitals import Process
 
+_SILENT_S = 10.0  # without a connection, after which a member is silent; with one, once `_LOST` reports are missing
+_LOST = 3
 _LONGEST = 200  # characters of what a member says that it does
 _MOST_SESSIONS = 10_000
 _ROLES = {"device": pb.DEVICE, "edge": pb.EDGE}
-_FIGURES = ("uptime_s", "step_age_s", "step_s", "edge_wait_s", "upload_s")
+_FIGURES = ("uptime_s", "every_s", "step_age_s", "step_s", "edge_wait_s", "upload_s")
 _SESSION_FIGURES = ("compute_s", "queue_s", "step_age_s")
 
 
@@ -69,7 +72,7 @@ class StatusBoard:
     def status(self) -> pb.StatusReply:
         """Everything at this moment."""
         federation, own = self._federation, self._process.report(self._name, "")
-        presences = sorted(federation.presences(), key=lambda each: (each.member.role, each.member.name))
+        presences = sorted(self.presences(), key=lambda each: (each.member.role, each.member.name))
         reply = pb.StatusReply(
             time=time.time(),
             sfl=__version__,
@@ -97,13 +100,33 @@ class StatusBoard:
             reply.members.append(self._member(presence, edge, counts.get(name, 0), slow.get(name, "")))
         return reply
 
+    def presences(self) -> list[Presence]:
+        """All members; of those that the federation takes to be there it is said who has stopped, and who is silent."""
+        return [self._seen(each) if each.state == "present" else each for each in self._federation.presences()]
+
+    def _seen(self, present: Presence) -> Presence:
+        reported = self._reports.get(present.member.name)
+        if self._ended(present.member.name):
+            return replace(present, state="stopped")
+        heard_s = present.heard_s
+        if reported is not None and reported.report.every_s:  # a connection that is cut off looks open for a while
+            age_s = self._clock() - reported.at
+            if age_s >= _LOST * reported.report.every_s:
+                heard_s = max(heard_s, age_s)
+        return present if heard_s < _SILENT_S else replace(present, state="silent", heard_s=heard_s)
+
+    def _ended(self, name: str) -> bool:
+        """Whether a member's last word was that it stops."""
+        reported = self._reports.get(name)
+        return reported is not None and reported.report.ended
+
     def slow(self) -> dict[str, str]:
         """Why members are behind or not there, by name."""
-        now, sessions, presences = self._clock(), self._sessions(), self._federation.presences()
-        stopped, away = self._stopped(), {}
+        now, sessions, presences = self._clock(), self._sessions(), self.presences()
+        away: dict[str, str] = {}
         for each in presences:
-            if each.state == "away":
-                what = "stopped, and" if each.member.name in stopped else "away:"
+            if each.state in ("silent", "away"):
+                what = "stopped, and" if self._ended(each.member.name) else f"{each.state}:"
                 away[each.member.name] = f"{what} not heard of for {each.heard_s:.0f} s"
         paces: dict[str, Pace] = {}
         stepping: set[str] = set()
@@ -141,10 +164,6 @@ class StatusBoard:
             if name in stays and reported.report.HasField("step_age_s")
         }
 
-    def _stopped(self) -> set[str]:
-        """The members whose last word was that they stop."""
-        return {name for name, reported in list(self._reports.items()) if has_stopped(reported.report)}
-
     def _state(self, presences: Sequence[Presence]) -> str:
         """What the federation is doing or waiting for, in words."""
         federation = self._federation
@@ -158,11 +177,15 @@ class StatusBoard:
             return "waiting for an edge server to propose version 0"
         if federation.held_up:
             return f"held up: {federation.held_up}"
-        present = {each.member.name for each in presences if each.member.role == "device" and each.state == "present"}
-        if present <= self._stopped():
+        states = {each.member.name: each.state for each in presences if each.member.role == "device"}
+        if "present" not in states.values():
             return "waiting: no device is there"
         pooled = set(federation.pooled())
-        missing = sorted(present - pooled)
+        missing = [
+            name if state == "present" else f"{name} ({state})"
+            for name, state in sorted(states.items())
+            if name not in pooled and state not in ("away", "left")  # these are not waited for
+        ]
         if not pooled or not missing:
             return "training"
         return f"training; the pool has updates of {', '.join(sorted(pooled))}, none yet of {', '.join(missing)}"

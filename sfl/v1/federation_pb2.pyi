@@ -311,7 +311,7 @@ class CheckReply(_message.Message):
     def __init__(self, refusal: _Optional[str] = ..., error: _Optional[int] = ..., time: _Optional[float] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("name", "activity", "sfl", "uptime_s", "memory_bytes", "peak_memory_bytes", "bytes_sent", "bytes_received", "steps", "planned_steps", "version", "submissions", "loss", "step_age_s", "step_s", "edge_wait_s", "stepping", "upload_s", "sessions")
+    __slots__ = ("name", "activity", "sfl", "uptime_s", "memory_bytes", "peak_memory_bytes", "bytes_sent", "bytes_received", "steps", "ended", "every_s", "planned_steps", "version", "submissions", "loss", "step_age_s", "step_s", "edge_wait_s", "stepping", "upload_s", "sessions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     SFL_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +321,8 @@ class ReportRequest(_message.Message):
     BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    EVERY_S_FIELD_NUMBER: _ClassVar[int]
     PLANNED_STEPS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -340,6 +342,8 @@ class ReportRequest(_message.Message):
     bytes_sent: int
     bytes_received: int
     steps: int
+    ended: bool
+    every_s: float
     planned_steps: int
     version: int
     submissions: int
@@ -350,7 +354,7 @@ class ReportRequest(_message.Message):
     stepping: bool
     upload_s: float
     sessions: _containers.RepeatedCompositeFieldContainer[SessionReport]
-    def __init__(self, name: _Optional[str] = ..., activity: _Optional[str] = ..., sfl: _Optional[str] = ..., uptime_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., steps: _Optional[int] = ..., planned_steps: _Optional[int] = ..., version: _Optional[int] = ..., submissions: _Optional[int] = ..., loss: _Optional[float] = ..., step_age_s: _Optional[float] = ..., step_s: _Optional[float] = ..., edge_wait_s: _Optional[float] = ..., stepping: _Optional[bool] = ..., upload_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionReport, _Mapping]]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., activity: _Optional[str] = ..., sfl: _Optional[str] = ..., uptime_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., steps: _Optional[int] = ..., ended: _Optional[bool] = ..., every_s: _Optional[float] = ..., planned_steps: _Optional[int] = ..., version: _Optional[int] = ..., submissions: _Optional[int] = ..., loss: _Optional[float] = ..., step_age_s: _Optional[float] = ..., step_s: _Optional[float] = ..., edge_wait_s: _Optional[float] = ..., stepping: _Optional[bool] = ..., upload_s: _Optional[float] = ..., sessions: _Optional[_Iterable[_Union[SessionReport, _Mapping]]] = ...) -> None: ...
 
 class SessionReport(_message.Message):
     __slots__ = ("device", "step", "compute_s", "queue_s", "step_age_s")

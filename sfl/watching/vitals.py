@@ -19,7 +19,6 @@ from sfl.wire.frames import Traffic
 _RECENT = 16  # steps whose median is what a step takes
 _MEGA = 10**6
 _TRAINING, _WAITING, DONE = "training", "waiting for its edge server", "done"
-STOPPED = "stopped"  # with this the activity of a last report begins, but for a device that is done
 _DOING = {  # phases of a device in words for those who watch it
     "provision": "fetching its half of the model",
     "import": "starting",
@@ -28,11 +27,6 @@ _DOING = {  # phases of a device in words for those who watch it
     "load": "loading its half of the model",
     "round": "waiting for the next version",
 }
-
-
-def has_stopped(report: ReportRequest) -> bool:
-    """Whether this was a daemon's last report, and it may come back."""
-    return report.activity.startswith(STOPPED)
 
 
 class Vitals(Protocol):
@@ -132,7 +126,7 @@ class DeviceVitals:
         self._step_s, self._edge_wait_s = _Recent(), _Recent()
         self._waited_s = 0.0  # up to the last step
         self._ended = False
-        self._bytes_before = 0, 0  # sent and received by processes before this one, as the events' totals tell
+        self._bytes_before = 0, 0  # sent and received by processes before this one
 
     def hear(self, event: str, fields: Mapping[str, Any]) -> None:
         if event == "start":
@@ -147,8 +141,7 @@ class DeviceVitals:
             self._step_s.add(float(fields["wall_s"]))
             self._edge_wait_s.add(min(self._waits.waited_s - self._waited_s, float(fields["wall_s"])))
             self._waited_s = self._waits.waited_s
-            sent, received = self._process.moved()
-            self._bytes_before = int(fields["bytes_sent"]) - sent, int(fields["bytes_received"]) - received
+            self._count(fields)
         elif event == "adopt":
             self._version = int(fields["version"])
         elif event == "submit":
@@ -156,6 +149,16 @@ class DeviceVitals:
             self._upload_s = fields.get("upload_s", self._upload_s)
         elif event == "end":
             self._ended = True
+            self._count(fields)
+
+    def goes_on(self, sent: int, received: int) -> None:
+        """Earlier processes of this device's run have moved so many bytes."""
+        self._bytes_before = sent, received
+
+    def _count(self, totals: Mapping[str, Any]) -> None:
+        """Believe the totals of an event: at an earlier checkpoint than the newest, less had been moved."""
+        sent, received = self._process.moved()
+        self.goes_on(int(totals["bytes_sent"]) - sent, int(totals["bytes_received"]) - received)
 
     def report(self) -> ReportRequest:
         activity = self._activity()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sfl.errors import SflError
+from sfl.errors import as_ours
 from sfl.settings import DaemonSettings, DeviceSettings, EdgeSettings
 from sfl.telemetry import Listener, MetricsWriter, log
 from sfl.v1.federation_pb2 import ReportRequest
-from sfl.watching.vitals import DONE, STOPPED, DeviceVitals, EdgeVitals, Process, Vitals, WaitClock
+from sfl.watching.vitals import DONE, DeviceVitals, EdgeVitals, Process, Vitals, WaitClock
 from sfl.wire.address import is_loopback
 from sfl.wire.frames import Traffic
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sfl.watching.figures import Figures, Read
 
 
-_LAST_S = 2.0  # that a last report may take of a daemon's time to stop
+LAST_S = 2.0  # that a last report may take of a daemon's time to stop
 
 
 class Reports(Protocol):
@@ -62,6 +62,11 @@ class Watch:
         if isinstance(self.vitals, EdgeVitals):
             self.vitals.activity = activity
 
+    def goes_on(self, sent: int, received: int) -> None:
+        """A device's run has moved so many bytes before this process."""
+        if isinstance(self.vitals, DeviceVitals):
+            self.vitals.goes_on(sent, received)
+
     def traffic(self, peer: str, traffic: Traffic) -> None:
         """Count `traffic` as that with `peer`."""
         self.process.traffic[peer] = traffic
@@ -84,19 +89,22 @@ class Watch:
             self._reporter.start()
 
     def last_report(self, error: BaseException | None = None) -> None:
-        """Have whoever is reported to know that this daemon stops now, by this error if it is one of ours, before its connection
-        is closed; returns after `_LAST_S` at the latest."""
-        self._last_word = f"{STOPPED} by error {error.code}" if isinstance(error, SflError) else STOPPED
+        """Have whoever is reported to know that this daemon stops now, by this error if it is one and no signal, before its
+        connection is closed; returns after `LAST_S` at the latest."""
+        self._last_word = _last_word(error)
         self._ended.set()
         if self._reporter is not None:
-            self._reporter.join(_LAST_S)
+            self._reporter.join(LAST_S)
 
     def _report(self, federation: Reports, vitals: Vitals, every_s: float) -> None:
         while not self._ended.is_set():
-            federation.report(vitals.report())
+            report = vitals.report()
+            report.every_s = every_s
+            federation.report(report)
             self._ended.wait(every_s)
         if self._last_word:
             last = vitals.report()
+            last.ended = True
             last.activity = DONE if last.activity == DONE else self._last_word
             last.stepping = False
             del last.sessions[:]
@@ -179,6 +187,13 @@ def _vitals(settings: DaemonSettings, process: Process, waits: WaitClock) -> Vit
     if isinstance(settings, DeviceSettings):
         return DeviceVitals(settings.name, process, waits)
     return EdgeVitals(settings.name, process) if isinstance(settings, EdgeSettings) else None
+
+
+def _last_word(error: BaseException | None) -> str:
+    if not isinstance(error, Exception):
+        return "stopped"
+    ours = as_ours(error)
+    return "stopped by an error" if ours is None else f"stopped by error {ours.code}"
 
 
 def _by_device(read: Callable[[], dict[str, float]]) -> Read:

@@ -187,10 +187,16 @@ def gave_up(failure: UnreachableError, gone_s: float) -> UnreachableError:
     return last
 
 
-def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callable[[float], object] = time.sleep) -> Result:
+def retry(
+    call: Callable[[], Result],
+    peer: str,
+    give_up_s: float,
+    sleep: Callable[[float], object] = time.sleep,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Result:
     """Run `call`, which may raise `grpc.RpcError`, until it succeeds; each failure is logged, the pauses grow to 5 s.
 
-    `sleep` makes the pauses, for those who may have to end one early.
+    `sleep` makes the pauses, for those who may have to end one early; what fails while this process is `stopping` is given up.
     For calls that the peer answers alike however often they come. Raises `RefusedError` at once when the peer says no,
     `UnreachableError` when it stays away for `give_up_s` seconds from the first failure on: a call that takes long is none.
     """
@@ -205,10 +211,12 @@ def retry(call: Callable[[], Result], peer: str, give_up_s: float, sleep: Callab
                 raise failure from error
             failed = time.monotonic() if failed is None else failed
             gone = time.monotonic() - failed
-            if gone + pause > give_up_s:
+            if gone + pause > give_up_s or stopping():
                 raise gave_up(failure, gone) from error
             log.warning("%s; trying again in %.1f s", failure, pause)
         sleep(pause * random.uniform(0.8, 1.2))
+        if stopping():
+            raise gave_up(failure, time.monotonic() - failed)
         pause = min(pause * 2, 5.0)
 
 

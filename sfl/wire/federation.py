@@ -46,7 +46,8 @@ class FederationClient:
     `on_new_federation`, in the watching thread; for a device it is the end.
 
     `name` is this member's own. `traffic` counts the bytes of all frames, `uplink` hears what submissions and fetches
-    take. Every method raises `RefusedError` with the server's reason or `UnreachableError`.
+    take. While this member is `stopping`, what fails is not tried again. Every method raises `RefusedError` with the server's
+    reason or `UnreachableError`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class FederationClient:
         give_up_s: float = 300.0,
         uplink: Uplink | None = None,
         node: Node | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.traffic = Traffic()
         self._name = name
@@ -65,7 +67,7 @@ class FederationClient:
         self._channel = dial(address, PEER, wait_s, node, "fed")
         self._stub = FederationStub(self._channel)
         self.on_new_federation: Callable[[], object] = lambda: None
-        self.stopping: Callable[[], bool] = lambda: False  # whether this member is to end: what fails then is not tried again
+        self._stopping = stopping
         self._federation = ""  # id of the one that was joined
         self._wanted = False  # a proposal of version 0
         self._changed = threading.Condition()
@@ -277,19 +279,13 @@ class FederationClient:
             self._watcher.join(timeout=5.0)
 
     def _retry(self, call: Callable[[], Result]) -> Result:
-        tried = False
-
         def unless_closed() -> Result:
-            nonlocal tried
-            if tried and self.stopping():
-                raise UnreachableError(f"{PEER} is out of reach, and {self._name} is to stop: it is not tried again")
-            tried = True
             if self._closed.is_set():
                 raise UnreachableError(f"the connection to {PEER} was closed")
             self._require_watch()  # without it nobody would join again
             return call()
 
-        return retry(unless_closed, PEER, self._give_up_s, self._closed.wait)
+        return retry(unless_closed, PEER, self._give_up_s, self._closed.wait, self._stopping)
 
     def _require_watch(self) -> None:
         if self._failure is not None and not self._finished:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 from typing import Any
 
@@ -12,7 +11,7 @@ from sfl.errors import PeerIdentityError
 from sfl.identity.identity import Identity, Role, called
 from sfl.identity.node import Node, Shown, explained
 from sfl.telemetry import log
-from sfl.wire.address import check_address
+from sfl.wire.address import check_address, connect
 
 _NAME_DIFFERS = {62, 64}  # OpenSSL's codes: the certificate is for other names, for other IP addresses
 _ANSWER_S = 2.0  # for a server to say its first word after the handshake
@@ -91,11 +90,9 @@ def _shakes_hands(address: str, peer: str, node: Node, role: Role | None, wait_s
 
 
 def _handshake(address: str, context: ssl.SSLContext, wait_s: float) -> ssl.SSLSocket:
-    host, port = check_address(address)
-    host = host.strip("[]")
-    plain = socket.create_connection((host, port), timeout=max(0.1, wait_s))
+    plain = connect(address, max(0.1, wait_s))
     try:
-        return context.wrap_socket(plain, server_hostname=host)
+        return context.wrap_socket(plain, server_hostname=check_address(address)[0].strip("[]"))
     except BaseException:
         plain.close()
         raise

@@ -16,7 +16,7 @@ from sfl.cluster.plan import free_addresses
 from sfl.errors import UnreachableError
 from sfl.settings import StrategySettings
 from tests.daemons.processes import WAIT_S, Daemon, Daemons
-from tests.daemons.runs import edge_settings, several_devices, start_all, stop_servers
+from tests.daemons.runs import edge_settings, several_devices, start_all
 from tests.docker.files import asked_for, shown
 from tests.tiny import save_tiny_model
 
@@ -98,11 +98,25 @@ def test_a_federation_is_seen_from_outside(tmp_path: Path) -> None:
         for settings in devices:
             assert daemons[settings.name].stop() == 0, daemons[settings.name].log
         told = json.loads(sfl("status", "--federation", federation, "--json"))["members"]
-        assert {member["name"]: member["report"]["activity"] for member in told if member["role"] == "DEVICE"} == {
+        assert {member["name"]: member["presence"] for member in told if member["role"] == "DEVICE"} == {
             "device-1": "stopped",
             "device-2": "stopped",
         }
-        assert stop_servers(daemons) == {"edge": 0, "fed": 0}
+        assert 'sfl_members{role="device",state="stopped"} 2.0' in page(addresses["fed"], "/metrics")
+
+        assert daemons["edge"].stop() == 0, daemons["edge"].log
+        moved = daemons["device-1"].events("step")[-1]["bytes_sent"]
+
+        def reported(daemon: Daemon) -> int | None:
+            found = json.loads(sfl("status", "--federation", federation, "--json"))["members"]
+            report = next(member["report"] for member in found if member["name"] == daemon.name)
+            return None if report["ended"] else int(report["bytes_sent"])
+
+        again = daemons.again("device-1")  # it waits for its edge server, and makes no step
+        again.until(lambda daemon: reported(daemon) is not None)
+        assert (reported(again) or 0) >= moved, "its bytes are those of its run"
+        assert again.stop() == 0, again.log
+        assert daemons["fed"].stop() == 0
         lines = [json.loads(line) for line in daemons["device-1"].log.splitlines() if line.startswith("{")]
         assert len(lines) > 3
         assert {line["daemon"] for line in lines} == {"device-1"}

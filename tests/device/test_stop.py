@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from sfl.device.stop import Stopped, StopSignal
+from sfl.device.stop import GRACE_S, Stopped, StopSignal
 from sfl.errors import UnreachableError
+from sfl.watching.watch import LAST_S
 
 
 def tell(number: signal.Signals = signal.SIGTERM) -> None:
@@ -20,6 +21,10 @@ def tell(number: signal.Signals = signal.SIGTERM) -> None:
 def tell_later() -> None:
     """By when the test waits for something."""
     threading.Timer(0.1, tell).start()
+
+
+def test_the_grace_and_the_last_report_leave_a_second_until_a_container_engine_kills() -> None:
+    assert 0 < LAST_S < GRACE_S < 9 - LAST_S
 
 
 def test_a_wait_ends_at_once() -> None:

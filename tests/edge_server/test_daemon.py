@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from sfl.cluster.plan import free_addresses
 from sfl.edge_server import daemon
 from sfl.errors import RefusedError, UnreachableError
 from sfl.settings import EdgeSettings
+from sfl.v1.federation_pb2 import ReportRequest
 from sfl.wire.channel import check_listen
 from sfl.wire.frames import Traffic
 from tests.metrics import events
@@ -34,16 +36,19 @@ def federation(
     monkeypatch: pytest.MonkeyPatch,
     propose: Callable[[threading.Event], None],
     agreement: Callable[[threading.Event], Any] = lambda closed: SimpleNamespace(labels=["a", "b"]),
+    reports: list[ReportRequest] | None = None,
 ) -> threading.Event:
-    """Puts one in place of the client; set once that is closed."""
+    """Puts one in place of the client, which adds to `reports`; set once that is closed."""
     closed = threading.Event()
+    told = [] if reports is None else reports
     client = SimpleNamespace(
         federation="this one",
         join=lambda request: None,
         agreement=lambda wait_s: agreement(closed),
         until_wanted=lambda agreed: None,
-        report=lambda request: None,
+        report=told.append,
         propose=lambda header, state: propose(closed),
+        until_closed=lambda: closed.wait(15),
         close=closed.set,
         traffic=Traffic(),
     )
@@ -60,9 +65,11 @@ def test_a_proposal_that_is_refused_ends_the_edge_and_its_server(
     stopped: list[Any] = []
     stop = daemon.stop
     monkeypatch.setattr(daemon, "stop", lambda server, grace_s: stopped.append(server) or stop(server, grace_s))
-    closed = federation(monkeypatch, propose)
+    reports: list[ReportRequest] = []
+    closed = federation(monkeypatch, propose, reports=reports)
     with pytest.raises(RefusedError, match="the proposal does not fit"):
         daemon.run(settings)
+    assert reports[-1].activity == "stopped by error SFL-600"
     assert closed.is_set()
     assert len(stopped) == 1
     check_listen(settings.listen)  # which is free again
@@ -95,3 +102,42 @@ def test_an_edge_that_is_told_to_stop_before_the_agreement_ends_in_order(
         daemon.run(settings)
     assert "was told to stop before all members had agreed" in caplog.text
     check_listen(settings.listen)
+
+
+async def _told(federation: Any, *arguments: Any) -> None:
+    """In the place of proposing version 0: SIGTERM, while all threads of the loop's are taken until the client is closed."""
+    for _ in range(40):
+        asyncio.get_running_loop().run_in_executor(None, federation.until_closed)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.Event().wait()
+
+
+def test_an_edge_whose_fetches_are_all_tried_again_stops_at_once_and_says_so(
+    settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[ReportRequest] = []
+    federation(monkeypatch, lambda closed: None, reports=reports)
+    monkeypatch.setattr(daemon, "keep_version_0", _told)
+    began = time.monotonic()
+    daemon.run(settings)
+    assert time.monotonic() - began < 6
+    assert reports[-1].activity == "stopped"
+
+
+def test_a_step_of_the_shutdown_that_fails_skips_no_other(
+    settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reports: list[ReportRequest] = []
+    closed = federation(monkeypatch, lambda closed: None, reports=reports)
+    monkeypatch.setattr(daemon, "keep_version_0", _told)
+
+    async def stop(server: Any, grace_s: float) -> None:
+        await server.stop(0)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(daemon, "stop", stop)
+    with pytest.raises(RuntimeError):
+        daemon.run(settings)
+    assert closed.is_set()
+    assert reports[-1].activity == "stopped by an error"
+    assert events(tmp_path / "out", "end")

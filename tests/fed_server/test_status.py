@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sfl.cli.main import app
-from sfl.cli.status import _state, as_dict, shown
+from sfl.cli.status import as_dict, shown
 from sfl.errors import RefusedError, UnknownMemberError, WireError
 from sfl.fed_server.coordinator import Federation
 from sfl.fed_server.status import StatusBoard
@@ -158,6 +159,7 @@ def test_the_link_is_what_came_with_uploads(tmp_path: Path) -> None:
     [
         {"step_s": float("nan")},
         {"edge_wait_s": -1.0},
+        {"every_s": float("nan")},
         {"loss": float("inf")},
         {"activity": "x" * 201},
         {"activity": "\x1b[2J"},
@@ -206,32 +208,80 @@ def test_a_report_keeps_a_member_present(tmp_path: Path) -> None:
     assert by_name(made.status())["a"].presence == "present"
 
 
-def test_who_has_stopped_in_order_is_shown_as_stopped_and_who_is_gone_as_silent(tmp_path: Path) -> None:
+def test_who_has_stopped_and_who_is_silent_is_told_by_the_server(tmp_path: Path) -> None:
     fed, made, clock = board(tmp_path, away_after_s=60)
     for name in ("a", "b", "edge"):
         made.report(report(name))
-    made.report(report("a", activity="stopped", stepping=False))
+    made.report(report("a", activity="over and out", stepping=False, ended=True))
     fed.watch_ends("a")
     fed.watch_ends("edge")
     clock.now += 20
-    assert lines(made.status(), "a") == ["stopped"]
-    assert lines(made.status(), "b") == ["training"]
-    assert lines(made.status(), "edge") == ["silent for 20 s"]
+    assert told(made, "a") == ("stopped", "")
+    assert told(made, "b") == ("present", "")
+    assert told(made, "edge") == ("silent", "silent: not heard of for 20 s")
     assert made.status().state == "training"
-    made.report(report("b", activity="stopped by error SFL-700", stepping=False))
+    made.report(report("b", activity="stopped by error SFL-700", stepping=False, ended=True))
     assert made.status().state == "waiting: no device is there"
     clock.now += 50
-    assert lines(made.status(), "a") == ["stopped", "stopped, and not heard of for 70 s"]
-    assert lines(made.status(), "b") == ["stopped by error SFL-700"]
-    assert lines(made.status(), "edge") == ["away", "away: not heard of for 70 s"]
+    assert told(made, "a") == ("away", "stopped, and not heard of for 70 s")
+    assert told(made, "b") == ("stopped", "")
+    assert told(made, "edge") == ("away", "away: not heard of for 70 s")
     made.report(report("a"))
-    assert lines(made.status(), "a") == ["training"], "it is back"
+    assert told(made, "a") == ("present", ""), "it is back"
 
 
-def lines(reply: pb.StatusReply, name: str) -> list[str]:
-    """What `sfl status` shows as a member's state, and why it is behind."""
-    member = by_name(reply)[name]
-    return [_state(member)] + [member.slow] * bool(member.slow)
+def test_who_is_cut_off_with_its_connection_open_is_silent_once_reports_are_missing(tmp_path: Path) -> None:
+    fed, made, clock = board(tmp_path)
+    made.report(report("a", every_s=10))
+    made.report(report("b"))  # which may never report again
+    made.report(report("edge", every_s=0.2))
+    clock.now += 9
+    assert [told(made, name)[0] for name in ("a", "b", "edge")] == ["present"] * 3
+    clock.now += 20
+    assert [told(made, name)[0] for name in ("a", "b", "edge")] == ["present", "present", "silent"]
+    clock.now += 2
+    assert told(made, "a") == ("silent", "silent: not heard of for 31 s")
+    assert by_name(made.status())["a"].heard_s == 31
+    assert made.slow().keys() >= {"a", "edge"}
+    assert Counter(each.state for each in made.presences()) == {"silent": 2, "present": 1}
+    fed.watch_ends("a")  # by keepalive, in the end
+    assert told(made, "a")[0] == "silent"
+    made.report(report("a", every_s=10))
+    assert told(made, "a") == ("present", "")
+
+
+def test_a_pool_that_waits_for_who_is_not_there_says_so(tmp_path: Path) -> None:
+    fed, made, _ = board(tmp_path, strategy={"name": "fedavg"})
+    for name in ("a", "b"):
+        made.report(report(name))
+    made.report(report("a", activity="stopped", stepping=False, ended=True))
+    submit(fed, "b", adapter(1))
+    assert made.status().state == "training; the pool has updates of b, none yet of a (stopped)"
+
+
+def told(made: StatusBoard, name: str) -> tuple[str, str]:
+    """A member's presence, and why it is behind."""
+    member = by_name(made.status())[name]
+    return member.presence, member.slow
+
+
+def test_a_terminal_shows_what_the_server_says_of_a_member() -> None:
+    for presence, activity, ended, seen in (
+        ("present", "training", False, "training"),
+        ("present", "", False, "present"),
+        ("silent", "training", False, "silent"),
+        ("stopped", "stopped by error SFL-700", True, "stopped by error SFL-700"),
+        ("away", "stopped by error SFL-700", True, "stopped by error SFL-700"),
+        ("away", "training", False, "away"),
+        ("left", "done", True, "left"),
+    ):
+        screen = Console(file=io.StringIO(), width=220)
+        report = pb.ReportRequest(name="pi", activity=activity, ended=ended)
+        member = pb.MemberStatus(name="pi", role=pb.DEVICE, presence=presence, report=report)
+        screen.print(*shown(pb.StatusReply(members=[member])), sep="\n")
+        text: str = screen.file.getvalue()  # type: ignore[attr-defined]
+        row = next(line for line in text.splitlines() if line.startswith("pi "))
+        assert row.removeprefix("pi").strip().startswith(f"{seen}  "), (presence, row)
 
 
 def test_over_grpc(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_activities(device: DeviceVitals) -> None:
             assert report.stepping is (name != "round")
     device.hear("step", step(2))
     said.append(device.report().activity)
-    device.hear("end", {})
+    device.hear("end", {"bytes_sent": 0, "bytes_received": 0})
     said.append(device.report().activity)
     assert said == [
         "waiting for all devices to join",
@@ -128,15 +128,31 @@ def test_bytes_are_those_with_all_peers(clock: Clock) -> None:
 
 def test_a_devices_bytes_are_those_of_its_run_also_after_it_was_started_again(device: DeviceVitals) -> None:
     traffic = device._process.traffic["edge"] = Traffic()
+    device.goes_on(5000, 300)
     traffic.add(sent=100, received=10)
-    assert (device.report().bytes_sent, device.report().bytes_received) == (100, 10)
+    assert moved(device) == (5100, 310), "also before its first step"
     device.hear("resume", {"step": 6, "version": 3, "submissions": 2})
-    device.hear("step", step(7, bytes_sent=5100, bytes_received=310))  # totals with what an earlier process has moved
-    assert (device.report().bytes_sent, device.report().bytes_received) == (5100, 310)
+    assert moved(device) == (5100, 310)
+    device.hear("step", step(7, bytes_sent=4100, bytes_received=210))  # it went on from an earlier checkpoint than the newest
+    assert moved(device) == (4100, 210)
     traffic.add(sent=50)
-    device.hear("step", step(8, bytes_sent=5150, bytes_received=310))
+    device.hear("step", step(8, bytes_sent=4150, bytes_received=210))
     traffic.add(received=7)
-    assert (device.report().bytes_sent, device.report().bytes_received) == (5150, 317)
+    assert moved(device) == (4150, 217)
+
+
+def test_the_last_bytes_of_a_device_are_those_of_its_end(device: DeviceVitals) -> None:
+    traffic = device._process.traffic["edge"] = Traffic()
+    traffic.add(sent=70, received=7)
+    device.hear("start", {"steps": 40})
+    device.hear("resume", {"step": 40, "version": 3, "submissions": 5})  # in its test: there are no more steps
+    device.hear("end", {"steps": 40, "bytes_sent": 9070, "bytes_received": 907})
+    assert moved(device) == (9070, 907)
+
+
+def moved(device: DeviceVitals) -> tuple[int, int]:
+    report = device.report()
+    return report.bytes_sent, report.bytes_received
 
 
 def test_an_edge_server_tells_of_each_session(clock: Clock) -> None:

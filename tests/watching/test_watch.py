@@ -156,7 +156,16 @@ def test_it_reports_again_and_again_until_it_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(None, "stopped"), (KeyboardInterrupt(), "stopped"), (UnreachableError("x"), "stopped by error SFL-700")]
+    ("error", "told"),
+    [
+        (None, "stopped"),
+        (KeyboardInterrupt(), "stopped"),
+        (UnreachableError("x"), "stopped by error SFL-700"),
+        (OSError(28, "No space left on device"), "stopped by error SFL-002"),
+        (ModuleNotFoundError("no torch", name="torch"), "stopped by error SFL-003"),
+        (ModuleNotFoundError("nobody has heard of it", name="x"), "stopped by an error"),
+        (RuntimeError("boom"), "stopped by an error"),
+    ],
 )
 def test_the_last_report_says_that_it_stops(tmp_path: Path, error: BaseException | None, told: str) -> None:
     federation = Federation()
@@ -166,7 +175,8 @@ def test_the_last_report_says_that_it_stops(tmp_path: Path, error: BaseException
         watch.metrics.write("step", **STEP)
         watch.last_report(error)
         last = federation.reports[-1]
-        assert (last.activity, last.steps, last.stepping) == (told, 1, False)
+        assert (last.activity, last.steps, last.stepping, last.ended) == (told, 1, False, True)
+        assert (federation.reports[0].every_s, federation.reports[0].ended) == (60, False)
     assert len(federation.reports) == 2
 
 
@@ -174,13 +184,13 @@ def test_the_last_report_of_a_device_that_is_done_says_so(tmp_path: Path) -> Non
     federation = Federation()
     with Watch(device(tmp_path, "")) as watch:
         watch.report_to(federation, 60)
-        watch.metrics.write("end", steps=9)
+        watch.metrics.write("end", steps=9, bytes_sent=0, bytes_received=0)
         watch.last_report()
     assert federation.reports[-1].activity == "done"
 
 
 def test_a_last_report_that_does_not_arrive_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfl.watching.watch._LAST_S", 0.1)
+    monkeypatch.setattr("sfl.watching.watch.LAST_S", 0.1)
     over = threading.Event()
     federation = Federation()
     monkeypatch.setattr(federation, "report", lambda request: over.wait(10))

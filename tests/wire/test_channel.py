@@ -154,6 +154,18 @@ def test_retry_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     assert 0.1 < time.monotonic() - started < 1.5
 
 
+def test_who_is_told_to_stop_in_a_pause_does_not_try_again() -> None:
+    calls, told = [], []
+
+    def call() -> None:
+        calls.append(1)
+        raise Failure(grpc.StatusCode.UNAVAILABLE)
+
+    with pytest.raises(UnreachableError, match=r"\(UNAVAILABLE: why\); gave up after"):
+        retry(call, "the federation server", 10, told.append, lambda: bool(told))
+    assert len(calls) == 1
+
+
 def test_a_call_that_takes_longer_than_give_up_s_and_then_breaks_is_tried_once_more() -> None:
     calls: list[int] = []
 

@@ -55,13 +55,15 @@ class Server(FederationServicer):  # type: ignore[misc]
 
 @contextmanager
 def joined(
-    watch: Callable[[int, Any], None] = lambda number, context: None, leave: Callable[[Any], None] = lambda context: None
+    watch: Callable[[int, Any], None] = lambda number, context: None,
+    leave: Callable[[Any], None] = lambda context: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[FederationClient, Server]]:
     server, servicer = grpc.server(ThreadPoolExecutor(8)), Server(watch, leave)
     add_FederationServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    client = FederationClient(address, "device-1", 5, 30)
+    client = FederationClient(address, "device-1", 5, 30, stopping=stopping)
     try:
         client.join(pb.JoinRequest(name="device-1", rank=2))
         assert client.version(1, 5) == 1
@@ -136,18 +138,21 @@ def test_that_the_server_has_stopped_is_said_once_and_that_it_is_back(caplog: py
     assert said == ["the federation server has stopped; watching again in 1 s", "the federation server is back"]
 
 
-def test_who_is_to_stop_does_not_try_again() -> None:
+def test_who_is_to_stop_does_not_try_again_and_says_what_failed(caplog: pytest.LogCaptureFixture) -> None:
     asked = []
 
     def leave(context: Any) -> None:
         asked.append(1)
         context.abort(grpc.StatusCode.UNAVAILABLE, "later")
 
-    with joined(leave=leave) as (client, _):
-        client.stopping = lambda: bool(asked)
-        with pytest.raises(UnreachableError, match="is out of reach, and device-1 is to stop: it is not tried again"):
-            client.leave()
+    with (
+        caplog.at_level(logging.WARNING, "sfl"),
+        joined(leave=leave, stopping=lambda: bool(asked)) as (client, _),
+        pytest.raises(UnreachableError, match=r"the federation server is out of reach \(UNAVAILABLE: later\); gave up"),
+    ):
+        client.leave()
     assert len(asked) == 1
+    assert "trying again" not in caplog.text
 
 
 def test_a_watch_that_has_ended_is_told_to_whoever_looks(caplog: pytest.LogCaptureFixture) -> None:
