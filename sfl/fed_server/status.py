@@ -69,6 +69,10 @@ class StatusBoard:
             del request.sessions[:]
         self._reports[request.name] = _Reported(self._clock(), request)
 
+    def joined(self, name: str) -> None:
+        """A member has joined, or has come back: what an earlier process of its name has reported is over."""
+        self._reports.pop(name, None)
+
     def status(self) -> pb.StatusReply:
         """Everything at this moment."""
         federation, own = self._federation, self._process.report(self._name, "")
