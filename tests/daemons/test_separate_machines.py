@@ -77,7 +77,7 @@ def test_the_readmes_files_train_across_four_machines_and_a_stranger_gets_nothin
             text=True,
             timeout=120,
         )
-        assert refused.returncode == 2
+        assert refused.returncode == 1  # as the other side may be mended in the meantime
         assert "the federation server at 10.0.0.1:7300 wants TLS" in refused.stderr
         for machine in ("camera", "hub"):
             assert running[machine].wait(timeout=120) == 0
