@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sfl.data.settings import Task
 from sfl.errors import DataFileError, SettingsError
 from sfl.model.default import DEFAULT_NAME, default_model
 from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, Precision, StrategySettings
+from sfl.telemetry import log
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
 
@@ -50,8 +52,8 @@ class DemoOptions:
         return f"{self.strategy} on {DEFAULT_NAME if self.model is None else Path(self.model).name or self.model}"
 
 
-def plan_demo(options: DemoOptions) -> Plan:
-    """Prepare the output folder, generate data where none is given, and lay out the daemons.
+def plan_demo(options: DemoOptions, tell: Callable[[str], object] = log.warning) -> Plan:
+    """Prepare the output folder, where `tell` hears of an earlier run that is replaced, generate data where none is given, and lay out the daemons.
 
     Raises `SettingsError`, `ModelError` or `DataError` for flags that cannot be, before an earlier run in that folder is deleted.
     What is in the data, and how deep the model can be cut, is not looked at here.
@@ -106,7 +108,7 @@ def plan_demo(options: DemoOptions) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from None
-    prepare_output(options.out, [*options.data, Path(model)])
+    prepare_output(options.out, [*options.data, Path(model)], tell)
     if not options.data:
         _generate(placed, options.seed)
     return plan

@@ -139,7 +139,10 @@ def test_settings_of_the_environment_do_not_reach_the_daemons(monkeypatch: pytes
 
 def test_only_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare_output(out)
+    told: list[str] = []
+    prepare_output(out, tell=told.append)
+    prepare_output(out, tell=told.append)
+    assert told == [], "nothing of a run was there"
     (out / "device-1").mkdir()
     (out / "device-1/metrics.jsonl").write_text("old")
     (out / "data").mkdir()
@@ -148,7 +151,8 @@ def test_only_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="would be deleted"):
         prepare_output(out, [data])
     assert data.exists()
-    prepare_output(out, [out / "notes.txt"])
+    prepare_output(out, [out / "notes.txt"], told.append)
+    assert told == [f"replacing the earlier run in {out}"]
     assert not (out / "device-1").exists() and (out / "notes.txt").read_text() == "keep me"
     foreign = tmp_path / "foreign"
     (foreign / "fed").mkdir(parents=True)
