@@ -53,7 +53,8 @@ class DemoOptions:
 
 
 def plan_demo(options: DemoOptions, tell: Callable[[str], object] = log.warning) -> Plan:
-    """Prepare the output folder, where `tell` hears of an earlier run that is replaced, generate data where none is given, and lay out the daemons.
+    """Prepare the output folder, generate data where none is given, and lay out the daemons; `tell` hears that an earlier run in
+    that folder is replaced.
 
     Raises `SettingsError`, `ModelError` or `DataError` for flags that cannot be, before an earlier run in that folder is deleted.
     What is in the data, and how deep the model can be cut, is not looked at here.
