@@ -91,7 +91,7 @@ class CheckpointFiles:
             self._lock.release()
             raise
         self._newest = max(self._sessions, default=0)
-        self.done = not self._sessions and (folder / _DONE).exists()  # an earlier run has come to its end, and none has begun since
+        self.done = not self._sessions and (folder / _DONE).exists()  # an earlier run has come to its end
         self._identity: Document = self.document.get("identity", {})
 
     def require(self, identity: Mapping[str, Any]) -> None:
