@@ -18,6 +18,7 @@ from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings
 from sfl.telemetry import log
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
+_SHOWN = 3  # files of a folder that are named where files are wanted
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def plan_demo(options: DemoOptions, tell: Callable[[str], object] = log.warning)
     """
     model = options.model or str(default_model(options.task))
     for path in options.data:
+        if path.is_dir():
+            raise DataFileError(f"{path} is a folder: give each of its files with a --data of its own{_files_in(path)}")
         if not path.is_file():
             raise DataFileError(f"there is no data file {path}")
     if options.edges > (options.devices or len(options.data) or len(PROFILES)):
@@ -124,6 +127,13 @@ def parse_cuts(text: str) -> tuple[int, ...]:
     if min(cuts) < 1:
         raise SettingsError(f"--cut is '{text}': at least one block stays on a device")
     return cuts
+
+
+def _files_in(folder: Path) -> str:
+    """The first files of `folder` as flags, in words."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    flags = " ".join(f"--data {path}" for path in files[:_SHOWN])
+    return f", as in {flags}{' ...' if files[_SHOWN:] else ''}" if files else ""
 
 
 def _generated_names(devices: int | None) -> list[str]:

