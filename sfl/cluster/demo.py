@@ -18,6 +18,7 @@ from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings
 from sfl.telemetry import log
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
+_FLAGS = {"name": "--strategy", "learning_rate": "--lr", "rank": "--lora-rank"}  # those that are not called as their setting
 _SHOWN = 3  # files of a folder that are named where files are wanted
 
 
@@ -110,8 +111,7 @@ def plan_demo(options: DemoOptions, tell: Callable[[str], object] = log.warning)
             ),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from None
+        raise SettingsError(_wrong(error)) from None
     prepare_output(options.out, [*options.data, Path(model)], tell)
     if not options.data:
         _generate(placed, options.seed)
@@ -127,6 +127,16 @@ def parse_cuts(text: str) -> tuple[int, ...]:
     if min(cuts) < 1:
         raise SettingsError(f"--cut is '{text}': at least one block stays on a device")
     return cuts
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first thing that is wrong, with the flag that it was given by."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not first["loc"]:
+        return message
+    setting = str(first["loc"][-1])
+    return f"{_FLAGS.get(setting, '--' + setting.replace('_', '-'))} is {first['input']!r}: {message}"
 
 
 def _files_in(folder: Path) -> str:

@@ -100,8 +100,9 @@ def test_generated_data_are_three_different_devices_and_seeded(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"strategy": "fedavgg"}, SettingsError, "fedavgg"),
-        ({"learning_rate": 0.0}, SettingsError, "learning_rate"),
+        ({"strategy": "fedavgg"}, SettingsError, "^--strategy is 'fedavgg': should be 'gsfs', 'gsfs-printed'"),
+        ({"learning_rate": 0.0}, SettingsError, "^--lr is 0.0: should be greater than 0$"),
+        ({"batch_size": 0}, SettingsError, "^--batch-size is 0: should be greater than"),
         ({"edges": 4}, SettingsError, "4 edges"),
         ({"data": (Path("/no/such/file"),)}, DataError, "/no/such/file"),
         ({"task": "causal-lm", "model": None}, ModelError, "--model"),
