@@ -170,6 +170,9 @@ def _read_about(folder: Path) -> _About:
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder {folder}")
     if not path.is_file():
+        inside = max(folder.glob(f"v*/{LAYOUT}"), key=lambda each: (len(each.parent.name), each), default=None)
+        if inside is not None:
+            raise AdapterError(f"{folder} holds versions of an adapter: give one of them, such as {inside.parent}")
         raise AdapterError(f"{folder} holds no {LAYOUT}: it was not written by sfl, which needs it to know labels and layers")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

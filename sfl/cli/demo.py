@@ -32,7 +32,9 @@ def demo(
         Literal["fp32", "bf16", "int8", "nf4"], typer.Option(help="number format of the base model's weights")
     ] = "fp32",
     edges: Annotated[int, typer.Option(min=1, help="number of edge servers")] = 1,
-    out: Annotated[Path, typer.Option(help="folder for logs, metrics, adapters, summary and picture")] = Path("out/demo"),
+    out: Annotated[
+        Path, typer.Option(help="folder for logs, metrics, adapters, summary and picture; an earlier run in it is replaced")
+    ] = Path("out/demo"),
     json: Annotated[bool, typer.Option("--json", help="print summary.json instead of the table")] = False,
 ) -> None:
     """Run devices, edge servers and the federation server as local processes, and show what was learnt."""
@@ -65,7 +67,7 @@ def demo(
         out=out,
     )
     progress = Console(stderr=True)
-    plan = plan_demo(options)
+    plan = plan_demo(options, lambda line: progress.print(line, highlight=False, soft_wrap=True))
     progress.print(
         f"devices: {len(plan.devices)}, edge servers: {len(plan.edges)}; logs in {out}/*/log.txt",
         highlight=False,

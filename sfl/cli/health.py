@@ -48,12 +48,12 @@ def health(context: typer.Context) -> None:
         ) from error
     from sfl.wire.channel import dial
 
-    peer = f"the server at {address}"
+    peer = "the server"
     node = own_node(settings.tls, address)
-    require_listening(address, "the server", settings.wait_s)
+    require_listening(address, peer, settings.wait_s)
     channel = dial(address, peer, settings.wait_s, node)
     try:
-        require_serving(channel, peer, settings.service, settings.wait_s)
+        require_serving(channel, f"{peer} at {address}", settings.service, settings.wait_s)
     finally:
         channel.close()
     typer.echo("serving")

@@ -7,9 +7,10 @@ before something was mended; 130 interrupted.
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from sfl import __version__
 from sfl.cli.cache import app as cache
@@ -28,7 +29,19 @@ from sfl.cli.status import status
 from sfl.errors import SflError, as_ours
 from sfl.telemetry import is_structured, log
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+class _Group(TyperGroup):
+    """Shows what is wrong with an option without the words that pydantic, in typer, puts before it."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # typer's context is click's
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
+app = typer.Typer(cls=_Group, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(demo)
 app.command(context_settings=PASS_ON)(fed)
 app.command(context_settings=PASS_ON)(edge)

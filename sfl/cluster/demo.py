@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from sfl.data.settings import Task
 from sfl.errors import DataFileError, SettingsError
 from sfl.model.default import DEFAULT_NAME, default_model
 from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings, OptimizerSettings, Precision, StrategySettings
+from sfl.telemetry import log
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
+_FLAGS = {"name": "--strategy", "learning_rate": "--lr", "rank": "--lora-rank"}  # those that are not called as their setting
+_SHOWN = 3  # files of a folder that are named where files are wanted
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,17 @@ class DemoOptions:
         return f"{self.strategy} on {DEFAULT_NAME if self.model is None else Path(self.model).name or self.model}"
 
 
-def plan_demo(options: DemoOptions) -> Plan:
-    """Prepare the output folder, generate data where none is given, and lay out the daemons.
+def plan_demo(options: DemoOptions, tell: Callable[[str], object] = log.warning) -> Plan:
+    """Prepare the output folder, generate data where none is given, and lay out the daemons; `tell` hears that an earlier run in
+    that folder is replaced.
 
     Raises `SettingsError`, `ModelError` or `DataError` for flags that cannot be, before an earlier run in that folder is deleted.
     What is in the data, and how deep the model can be cut, is not looked at here.
     """
     model = options.model or str(default_model(options.task))
     for path in options.data:
+        if path.is_dir():
+            raise DataFileError(f"{path} is a folder: give each of its files with a --data of its own{_files_in(path)}")
         if not path.is_file():
             raise DataFileError(f"there is no data file {path}")
     if options.edges > (options.devices or len(options.data) or len(PROFILES)):
@@ -104,9 +111,8 @@ def plan_demo(options: DemoOptions) -> Plan:
             ),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from None
-    prepare_output(options.out, [*options.data, Path(model)])
+        raise SettingsError(_wrong(error)) from None
+    prepare_output(options.out, [*options.data, Path(model)], tell)
     if not options.data:
         _generate(placed, options.seed)
     return plan
@@ -121,6 +127,23 @@ def parse_cuts(text: str) -> tuple[int, ...]:
     if min(cuts) < 1:
         raise SettingsError(f"--cut is '{text}': at least one block stays on a device")
     return cuts
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first thing that is wrong, with the flag that it was given by."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not first["loc"]:
+        return message
+    setting = str(first["loc"][-1])
+    return f"{_FLAGS.get(setting, '--' + setting.replace('_', '-'))} is {first['input']!r}: {message}"
+
+
+def _files_in(folder: Path) -> str:
+    """The first files of `folder` as flags, in words."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    flags = " ".join(f"--data {path}" for path in files[:_SHOWN])
+    return f", as in {flags}{' ...' if files[_SHOWN:] else ''}" if files else ""
 
 
 def _generated_names(devices: int | None) -> list[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfl.errors import SettingsError
+from sfl.telemetry import log
 
 _MARKER = ".sfl-run"
 _MADE = (_MARKER, "fed", "edge-*", "device-*", "adapters", "data", "summary.json", "loss.png")
 
 
-def prepare_output(out: Path, inputs: Sequence[Path] = ()) -> None:
-    """Make `out` an empty folder for a run; what an earlier run left there is deleted, and nothing else.
+def prepare_output(out: Path, inputs: Sequence[Path] = (), tell: Callable[[str], object] = log.warning) -> None:
+    """Make `out` an empty folder for a run; what an earlier run left there is deleted, which `tell` hears, and nothing else.
 
     Raises `SettingsError` when `out` is a file or holds other things than an earlier run, or when one of `inputs` (data, model)
     would be deleted.
@@ -27,6 +28,8 @@ def prepare_output(out: Path, inputs: Sequence[Path] = ()) -> None:
         for path in inputs:
             if any(path.resolve().is_relative_to(made.resolve()) for made in old):
                 raise SettingsError(f"{path} would be deleted with the earlier run in {out}: choose another folder with --out")
+        if old != [out / _MARKER]:
+            tell(f"replacing the earlier run in {out}")
         for path in old:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -110,7 +110,10 @@ def _texts(path: Path, rows: Sequence[NumberedRow], settings: DataSettings, task
     names = list(rows[0][1])
     for column in settings.text_columns:
         if column not in names:
-            raise DataFormatError(f"{path} has no column {column}, only {_listed(names)}: name those of the text in text_columns")
+            raise DataFormatError(
+                f"{path} has no column {column}, only {_listed(names)}: name those of the text in text_columns (of `sfl demo` and"
+                " `sfl eval`: --text-column)"
+            )
     label_column = settings.label_column or "label"
     if settings.label_column is not None and task == "classification":
         _column_label(path, names, settings.label_column)

@@ -19,6 +19,7 @@ State = tuple[Document, Tensors]
 
 FORMAT = 1  # of what a device's file holds
 FOLDER = "state"  # inside a device's `out`
+_DONE = "done"  # name of the empty file that a run leaves which has come to its end
 _AGAIN_S = 5.0  # between two tries to write what must be written
 _NAME = re.compile(r"checkpoint-(\d+)\.state")
 
@@ -90,6 +91,7 @@ class CheckpointFiles:
             self._lock.release()
             raise
         self._newest = max(self._sessions, default=0)
+        self.done = not self._sessions and (folder / _DONE).exists()  # an earlier run has come to its end
         self._identity: Document = self.document.get("identity", {})
 
     def require(self, identity: Mapping[str, Any]) -> None:
@@ -137,6 +139,9 @@ class CheckpointFiles:
         self._newest = number
         while self._stale:
             self._delete(self._stale.pop())
+        if self.done:
+            self._unlink(self._folder / _DONE)
+            self.done = False
         return number
 
     def amend(self, state: Callable[[], State]) -> None:
@@ -166,6 +171,10 @@ class CheckpointFiles:
         for number in sorted(self._sessions):  # the newest last: a run that went on from an earlier one would train again
             self._delete(number)
         self._newest, self.document = 0, {}
+        try:
+            (self._folder / _DONE).touch()
+        except OSError as error:
+            log.warning("%s cannot be written, so that the next run will not say that this one was done: %s", self._folder, error)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -202,10 +211,13 @@ class CheckpointFiles:
 
     def _delete(self, number: int) -> None:
         self._sessions.pop(number, None)
+        self._unlink(self._path(number))
+
+    def _unlink(self, path: Path) -> None:
         try:
-            self._path(number).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
-            log.warning("%s cannot be deleted, though nothing needs it any more: %s", self._path(number), error)
+            log.warning("%s cannot be deleted, though nothing needs it any more: %s", path, error)
 
 
 def kept_cut(folder: Path) -> int | None:

@@ -70,6 +70,8 @@ def _run(settings: DeviceSettings, watch: Watch, stop: StopSignal, recorder: Rec
         opened.callback(federation.close)
         watch.traffic("federation", federation.traffic)
         takes_part = _join(federation, device, kept)
+        if checkpoints.done:
+            log.info("the earlier run of %s was done: another one begins", settings.name)
         if takes_part:
             watch.report_to(federation, settings.report_s)
             opened.push(lambda kind, error, trace: watch.last_report(error))

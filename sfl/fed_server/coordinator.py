@@ -7,14 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sfl.adapters.state import AdapterState, byte_size, device_half, edge_half
-from sfl.errors import (
-    AdapterError,
-    FinishedError,
-    RefusedError,
-    SflError,
-    StateDiffersError,
-    UnknownMemberError,
-)
+from sfl.errors import AdapterError, FinishedError, RefusedError, SflError, StateDiffersError, UnknownMemberError
 from sfl.fed_server import server_state
 from sfl.fed_server.advice import advice
 from sfl.fed_server.aggregation import Aggregation
@@ -166,6 +159,11 @@ class Federation:
     def held_up(self) -> str:
         """Why no version can be made of the pool now, and what to do; empty where nothing is in the way."""
         return self._maker.held_up
+
+    @property
+    def lacks_devices(self) -> bool:
+        """Whether there will be no new version before more devices have joined, or the time for that is over."""
+        return self._maker.lacks_devices()
 
     @property
     def adapter_bytes(self) -> int:

@@ -76,8 +76,7 @@ class VersionMaker:
 
         Whether one was published.
         """
-        pooled = self.pooled()
-        present = self._roster.counted_devices(pooled.keys() | {device for device, _ in self._pool.halves()})
+        pooled, present = self.pooled(), self._present()
         if not pooled or not present:
             return False
         unreachable = self._reach.unreachable(present) if self._reach is not None else set[str]()
@@ -86,6 +85,18 @@ class VersionMaker:
             self._tell_no_quorum(standing)
             return False
         return not self._waits_for_more(standing) and self.make()
+
+    def lacks_devices(self) -> bool:
+        """Whether an update of everybody who is there would not do, and would if nobody else were expected to join yet."""
+        present, missing, waited_s = self._present(), self._roster.missing(), self._pool.waited_s()
+        pooled = {**dict.fromkeys(present, 1), **self.pooled()}
+        now, otherwise = Standing(pooled, present, missing, waited_s), Standing(pooled, present, 0, waited_s)
+        due = self._aggregation.strategy.due
+        return missing > 0 and due(otherwise) and not due(now)
+
+    def _present(self) -> dict[str, int]:
+        """The devices that a quorum counts, with their training examples."""
+        return self._roster.counted_devices(self.pooled().keys() | {device for device, _ in self._pool.halves()})
 
     def pooled(self) -> dict[str, int]:
         """Submissions in the pool, by device, of devices that have joined: a server that has lost its roster waits for them."""

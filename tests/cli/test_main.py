@@ -104,6 +104,12 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert result.returncode == 2 and "Traceback" not in result.stderr
 
 
+def test_a_choice_that_there_is_not_is_said_in_plain_words() -> None:
+    result = run("eval", "--split", "tset", "--adapter", "x", "--data", "y")
+    assert result.returncode == 2
+    assert re.search(r"Invalid value for '--split': 'tset' is not one of 'all', 'test'", result.stderr)
+
+
 RAISING = """-c import sys, types
 import sfl.errors
 from sfl.cli.main import main

@@ -136,6 +136,10 @@ def test_what_cannot_be_evaluated(tmp_path: Path, model: Path) -> None:
         evaluate(model, tmp_path / "nothing", examples())
     with pytest.raises(AdapterError, match=r"there is no adapter folder .*nothing"):
         peft_format.read_layout(tmp_path / "nothing")
+    for number in (9, 29):
+        write_adapter(tmp_path / "adapters" / f"v{number}", model, "classification")
+    with pytest.raises(AdapterError, match=r"adapters holds versions of an adapter: give one of them, such as .*/adapters/v29$"):
+        peft_format.read_layout(tmp_path / "adapters")
 
 
 def test_examples_are_made_with_the_adapters_columns_and_split(tmp_path: Path, model: Path) -> None:

@@ -100,8 +100,9 @@ def test_generated_data_are_three_different_devices_and_seeded(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"strategy": "fedavgg"}, SettingsError, "fedavgg"),
-        ({"learning_rate": 0.0}, SettingsError, "learning_rate"),
+        ({"strategy": "fedavgg"}, SettingsError, "^--strategy is 'fedavgg': should be 'gsfs', 'gsfs-printed'"),
+        ({"learning_rate": 0.0}, SettingsError, "^--lr is 0.0: should be greater than 0$"),
+        ({"batch_size": 0}, SettingsError, "^--batch-size is 0: should be greater than"),
         ({"edges": 4}, SettingsError, "4 edges"),
         ({"data": (Path("/no/such/file"),)}, DataError, "/no/such/file"),
         ({"task": "causal-lm", "model": None}, ModelError, "--model"),
@@ -113,6 +114,18 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     with pytest.raises(kind, match=message):
         plan_demo(DemoOptions(**{"model": "m", "out": tmp_path / "out", **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_said_to_be_one_and_its_files_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "captures"
+    (folder / "inner").mkdir(parents=True)
+    said = f"{folder} is a folder: give each of its files with a --data of its own"
+    for count, named in ((0, ""), (2, ", as in --data {0}/0.txt --data {0}/1.txt"), (4, "/2.txt ...")):
+        for index in range(count):
+            texts(folder / f"{index}.txt")
+        with pytest.raises(DataError) as error:
+            plan_demo(DemoOptions(model="m", data=(folder,), out=tmp_path / "out"))
+        assert str(error.value).startswith(said) and str(error.value).endswith(named.format(folder) or said)
 
 
 def test_no_default_model_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -139,7 +152,10 @@ def test_settings_of_the_environment_do_not_reach_the_daemons(monkeypatch: pytes
 
 def test_only_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare_output(out)
+    told: list[str] = []
+    prepare_output(out, tell=told.append)
+    prepare_output(out, tell=told.append)
+    assert told == [], "nothing of a run was there"
     (out / "device-1").mkdir()
     (out / "device-1/metrics.jsonl").write_text("old")
     (out / "data").mkdir()
@@ -148,7 +164,8 @@ def test_only_an_earlier_run_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="would be deleted"):
         prepare_output(out, [data])
     assert data.exists()
-    prepare_output(out, [out / "notes.txt"])
+    prepare_output(out, [out / "notes.txt"], told.append)
+    assert told == [f"replacing the earlier run in {out}"]
     assert not (out / "device-1").exists() and (out / "notes.txt").read_text() == "keep me"
     foreign = tmp_path / "foreign"
     (foreign / "fed").mkdir(parents=True)

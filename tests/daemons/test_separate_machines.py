@@ -34,7 +34,7 @@ def readme_files() -> dict[str, str]:
 def readme_command(begins: str) -> list[str]:
     """The command line that the README shows."""
     (line,) = re.findall(rf"^{begins} .*$", README.read_text(encoding="utf-8"), re.M)
-    return sfl(*shlex.split(line)[1:])
+    return sfl(*shlex.split(line, comments=True)[1:])
 
 
 def furnish(folder: Path) -> None:
@@ -81,6 +81,9 @@ def test_the_readmes_files_train_across_four_machines_and_a_stranger_gets_nothin
         assert "the federation server at 10.0.0.1:7300 wants TLS" in refused.stderr
         for machine in ("camera", "hub"):
             assert running[machine].wait(timeout=120) == 0
+        command = [*machines.command("hub"), *readme_command("sfl status")]  # with the certificates of the machine that made them
+        shown = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert shown.returncode == 0 and "finished" in shown.stdout and "30/30" in shown.stdout, shown
         for machine in ("edge", "fed"):
             running[machine].terminate()
             assert running[machine].wait(timeout=30) == 0

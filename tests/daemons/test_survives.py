@@ -15,7 +15,7 @@ from sfl.cluster.metrics import read_events
 from sfl.settings import DeviceSettings, LoraSettings, StrategySettings
 from tests.daemons.killer import Killer
 from tests.daemons.processes import Daemon, Daemons
-from tests.daemons.runs import device_settings, edge_settings, start_all, stop_servers
+from tests.daemons.runs import device_settings, edge_settings, several_devices, start_all, stop_servers
 from tests.flows import write_texts
 from tests.tiny import save_tiny_model
 
@@ -68,6 +68,20 @@ def require_same(folder: Path, found: dict[str, Any], expected: dict[str, Any], 
 
 def step_of(daemon: Daemon) -> int:
     return max((event["step"] for event in daemon.events("step")), default=0)
+
+
+def test_started_again_when_it_is_done_it_says_that_another_run_begins(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "opt")
+    first, second = several_devices(tmp_path, model, [1, 1], steps=3)
+    with Daemons(tmp_path, forked=True) as daemons:
+        devices = [first, second.model_copy(update={"steps": 100_000})]
+        start_all(daemons, StrategySettings(), [edge_settings(EDGE, first)], devices)
+        assert daemons[DEVICE].wait() == 0, daemons[DEVICE].log
+        said = "the earlier run of device-1 was done: another one begins"
+        assert said not in daemons[DEVICE].log
+        assert daemons.again(DEVICE).wait() == 0, daemons[DEVICE].log
+        assert daemons[DEVICE].log.count(said) == 1
+        assert [event["step"] for event in daemons[DEVICE].events("step")] == [1, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

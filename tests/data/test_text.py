@@ -92,7 +92,7 @@ def test_prose_with_semicolons_is_text(tmp_path):
         ("text,label\na,joy\nb\n", "x.csv", {}, r"line 3: the last row has 1 of 2 fields: the file was cut off"),
         ('text,label\n"a,joy\n', "x.csv", {}, r"is a quote missing"),
         ("text,text\na,joy\n", "x.csv", {}, r"named twice: the first line must name the columns"),
-        ("body,label\na,joy\n", "x.csv", {}, r"has no column text, only body, label: .* text_columns"),
+        ("body,label\na,joy\n", "x.csv", {}, r"has no column text, only body, label: .* text_columns .*--text-column"),
         ("text,y\na,joy\n", "x.csv", {}, r"has no label column, only text, y"),
         ("text,label\na,joy\n", "x.csv", {"label_column": "z"}, r"has no column z for the label"),
         ("text,label\na,\nb,\n", "x.csv", {}, r"2 rows, none of them labelled"),

@@ -55,6 +55,29 @@ def test_the_last_two_are_kept_and_found_again(tmp_path: Path) -> None:
     assert names(tmp_path) == [] and files.held == ()
 
 
+def test_that_a_run_was_done_is_known_until_another_one_has_begun(tmp_path: Path) -> None:
+    def done() -> bool:
+        files = opened(tmp_path)
+        files.close()
+        return files.done
+
+    assert not done()
+    files = opened(tmp_path)
+    write(files, 1)
+    files.close()
+    assert not done(), "it goes on"
+    files = opened(tmp_path)
+    files.clear()
+    files.close()
+    assert done() and done()
+    files = opened(tmp_path)
+    write(files, 1)
+    files.close()
+    assert not files.done and not done()
+    (tmp_path / "checkpoint-1.state").unlink()
+    assert not done(), "nobody knows what became of that one"
+
+
 def test_what_came_after_the_edges_checkpoint_never_was(tmp_path: Path) -> None:
     files = opened(tmp_path)
     for number in (1, 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from sfl.adapters.state import AdapterKey, device_half, total
 from sfl.errors import AdapterError, RefusedError, SettingsError
 from sfl.fed_server import server_state
 from sfl.fed_server.aggregation import Aggregated, ServerState
+from sfl.fed_server.coordinator import Federation
+from sfl.fed_server.status import StatusBoard
 from sfl.fed_server.strategies import Moments
 from sfl.telemetry import MetricsWriter
-from tests.fed_server.made import PLACEMENT, adapter, device, edge, federation, same, started, submit, told
+from tests.fed_server.made import PLACEMENT, Clock, adapter, device, edge, federation, same, started, submit, told
 
 
 def test_a_run_goes_on_from_the_newest_version_on_disk(tmp_path: Path) -> None:
@@ -34,6 +37,44 @@ def test_a_run_goes_on_from_the_newest_version_on_disk(tmp_path: Path) -> None:
     assert same(fed.fetch("a", 2), total(total(adapter(0), adapter(1)), adapter(2)))
     with pytest.raises(SettingsError, match="choose another folder"):
         federation(tmp_path, 1, labels=("x", "y"))
+
+
+# Who is waited for
+
+
+def state(fed: Federation) -> str:
+    return StatusBoard(fed).status().state
+
+
+@pytest.mark.parametrize(("strategy", "waits"), [("fedavg", True), ("gsfs", True), ("fedbuff", False)])
+def test_a_server_that_goes_on_with_more_devices_waits_for_them(tmp_path: Path, strategy: str, waits: bool) -> None:
+    settings: dict[str, Any] = {"strategy": {"name": strategy, "quorum": 0.9}, "pool": tmp_path / "out/pool"}
+    earlier = federation(tmp_path / "adapters", 2, **settings)
+    for member in (device("a"), device("b"), edge()):
+        earlier.join(member)
+    earlier.propose("edge", PLACEMENT, adapter(0))
+    assert state(earlier) == "training"
+    earlier.close()
+    clock = Clock()
+    fed = federation(tmp_path / "adapters", 3, clock, join_wait_s=30, **settings)
+    for name in ("a", "b"):
+        fed.join(device(name))
+        fed.watch_begins(name)
+    waiting = "waiting for devices: 2 of 3 have joined"
+    assert state(fed) == (waiting if waits else "training")
+    submit(fed, "a", adapter(1))
+    submit(fed, "b", adapter(2))
+    assert (fed.version, state(fed)) == (0, waiting if waits else "training")
+    clock.now += 31
+    assert state(fed) == "training", "the third is not expected any more"
+
+
+def test_devices_that_are_enough_are_not_said_to_wait_for_others(tmp_path: Path) -> None:
+    started(tmp_path, [device("a"), device("b")])
+    fed = federation(tmp_path, 3, strategy={"quorum": 0.5})
+    for name in ("a", "b"):
+        fed.join(device(name))
+    assert state(fed) == "training"
 
 
 # Moments of a server optimiser

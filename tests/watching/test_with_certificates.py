@@ -60,7 +60,8 @@ def test_an_operator_sees_the_federation_and_nobody_else_does(address: str, cert
 
 def test_without_a_certificate_nothing_is_told(address: str, tmp_path: Path) -> None:
     assert isinstance(sfl("status", "--federation", address)[1], PeerIdentityError)
-    assert isinstance(sfl("health", address)[1], PeerIdentityError)
+    error = sfl("health", address)[1]
+    assert isinstance(error, PeerIdentityError) and str(error).startswith(f"the server at {address} wants TLS: ")
     assert isinstance(sfl("status", "--federation", "fed.example:7300")[1], PlaintextError)
     assert isinstance(sfl("status", "--federation", address, "--tls.folder", str(tmp_path))[1], OwnCertificateError)
 
