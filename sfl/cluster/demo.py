@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,13 @@ from sfl.settings import DeviceSettings, EdgeSettings, FedSettings, LoraSettings
 from sfl.telemetry import log
 
 GENERATED_FLOWS = 1500  # of each device, when no data is given
-_FLAGS = {"name": "--strategy", "learning_rate": "--lr", "rank": "--lora-rank"}  # those that are not called as their setting
+_FLAGS = {  # those that are not called as their setting
+    ("StrategySettings", "name"): "--strategy",
+    ("OptimizerSettings", "name"): "--optimizer",
+    ("OptimizerSettings", "learning_rate"): "--lr",
+    ("LoraSettings", "rank"): "--lora-rank",
+    ("DataSettings", "partition_seed"): "--seed",
+}
 _SHOWN = 3  # files of a folder that are named where files are wanted
 
 
@@ -70,52 +77,57 @@ def plan_demo(options: DemoOptions, tell: Callable[[str], object] = log.warning)
     if options.edges > (options.devices or len(options.data) or len(PROFILES)):
         raise SettingsError(f"{options.edges} edges for fewer devices: an edge without a device has nothing to do")
     placed = list(options.data) or [options.out / "data" / f"{name}.log" for name in _generated_names(options.devices)]
-    data = share_data(placed, options.devices, options.seed, options.text_columns)
-    device_threads, edge_threads = share_threads(len(data), options.edges)
-    lora = LoraSettings(rank=options.lora_rank, alpha=2.0 * options.lora_rank)
-    cuts = [options.cuts[index % len(options.cuts)] for index in range(len(data))]
-    common = {"model": model, "task": options.task, "lora": lora, "precision": options.precision, "seed": options.seed}
     try:
-        plan = Plan(
-            out=options.out,
-            fed=FedSettings(devices=len(data), strategy=StrategySettings.model_validate({"name": options.strategy})),
-            edges=tuple(
-                EdgeSettings.model_validate(
-                    {
-                        **common,
-                        "name": f"edge-{index + 1}",
-                        "lowest_cut": min(cuts[index :: options.edges]),
-                        "threads": edge_threads,
-                    }
-                )
-                for index in range(options.edges)
-            ),
-            devices=tuple(
-                DeviceSettings.model_validate(
-                    {
-                        **common,
-                        "name": f"device-{index + 1}",
-                        "cut": cuts[index],
-                        "data": share,
-                        "batch_size": options.batch_size,
-                        "max_length": options.max_length,
-                        "steps": options.steps,
-                        "optimizer": OptimizerSettings.model_validate(
-                            {"name": options.optimizer, "learning_rate": options.learning_rate}
-                        ),
-                        "shuffle": options.shuffle,
-                        "threads": device_threads,
-                    }
-                )
-                for index, share in enumerate(data)
-            ),
-        )
+        plan = _lay_out(options, model, placed)
     except ValidationError as error:
         raise SettingsError(_wrong(error)) from None
     prepare_output(options.out, [*options.data, Path(model)], tell)
     if not options.data:
         _generate(placed, options.seed)
     return plan
+
+
+def _lay_out(options: DemoOptions, model: str, placed: Sequence[Path]) -> Plan:
+    """The daemons' settings. Raises `ValidationError` for those that cannot be."""
+    data = share_data(placed, options.devices, options.seed, options.text_columns)
+    device_threads, edge_threads = share_threads(len(data), options.edges)
+    lora = LoraSettings(rank=options.lora_rank, alpha=2.0 * options.lora_rank)
+    cuts = [options.cuts[index % len(options.cuts)] for index in range(len(data))]
+    common = {"model": model, "task": options.task, "lora": lora, "precision": options.precision, "seed": options.seed}
+    return Plan(
+        out=options.out,
+        fed=FedSettings(devices=len(data), strategy=StrategySettings.model_validate({"name": options.strategy})),
+        edges=tuple(
+            EdgeSettings.model_validate(
+                {
+                    **common,
+                    "name": f"edge-{index + 1}",
+                    "lowest_cut": min(cuts[index :: options.edges]),
+                    "threads": edge_threads,
+                }
+            )
+            for index in range(options.edges)
+        ),
+        devices=tuple(
+            DeviceSettings.model_validate(
+                {
+                    **common,
+                    "name": f"device-{index + 1}",
+                    "cut": cuts[index],
+                    "data": share,
+                    "batch_size": options.batch_size,
+                    "max_length": options.max_length,
+                    "steps": options.steps,
+                    "optimizer": OptimizerSettings.model_validate(
+                        {"name": options.optimizer, "learning_rate": options.learning_rate}
+                    ),
+                    "shuffle": options.shuffle,
+                    "threads": device_threads,
+                }
+            )
+            for index, share in enumerate(data)
+        ),
+    )
 
 
 def parse_cuts(text: str) -> tuple[int, ...]:
@@ -136,13 +148,13 @@ def _wrong(error: ValidationError) -> str:
     if not first["loc"]:
         return message
     setting = str(first["loc"][-1])
-    return f"{_FLAGS.get(setting, '--' + setting.replace('_', '-'))} is {first['input']!r}: {message}"
+    return f"{_FLAGS.get((error.title, setting), '--' + setting.replace('_', '-'))} is {first['input']!r}: {message}"
 
 
 def _files_in(folder: Path) -> str:
     """The first files of `folder` as flags, in words."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    flags = " ".join(f"--data {path}" for path in files[:_SHOWN])
+    flags = " ".join(f"--data {shlex.quote(str(path))}" for path in files[:_SHOWN])
     return f", as in {flags}{' ...' if files[_SHOWN:] else ''}" if files else ""
 
 

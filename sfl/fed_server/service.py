@@ -73,7 +73,8 @@ class FederationService(FederationServicer):  # type: ignore[misc]
             member = member_from_wire(request)
             self._federation.require_own(member, request.federation)
             self._federation.join(member)
-            self._board.joined(member.name)
+            if not member.edge:  # with one it is the same process, which has opened a session there
+                self._board.joined(member.name)
         return pb.JoinReply(federation=self._federation.id)
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> None:

@@ -175,9 +175,9 @@ class StatusBoard:
             return f"failed: {federation.failure}"
         if federation.finished:
             return "finished"
-        waiting = f"waiting for devices: {federation.joined} of {federation.expected} have joined"
+        joined = f"{federation.joined} of {federation.expected} have joined"
         if federation.agreement is None:
-            return waiting
+            return f"waiting for devices: {joined}"
         if federation.version is None:
             return "waiting for an edge server to propose version 0"
         if federation.held_up:
@@ -185,8 +185,8 @@ class StatusBoard:
         states = {each.member.name: each.state for each in presences if each.member.role == "device"}
         if "present" not in states.values():
             return "waiting: no device is there"
-        if federation.lacks_devices:  # of a server that goes on, with more `devices` than before
-            return waiting
+        if federation.lacks_devices:  # it goes on with more `devices` than before, or was given the labels
+            return f"no new version before more devices are here: {joined}"
         pooled = set(federation.pooled())
         missing = [
             name if state == "present" else f"{name} ({state})"

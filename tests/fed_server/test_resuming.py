@@ -60,7 +60,7 @@ def test_a_server_that_goes_on_with_more_devices_waits_for_them(tmp_path: Path, 
     for name in ("a", "b"):
         fed.join(device(name))
         fed.watch_begins(name)
-    waiting = "waiting for devices: 2 of 3 have joined"
+    waiting = "no new version before more devices are here: 2 of 3 have joined"
     assert state(fed) == (waiting if waits else "training")
     submit(fed, "a", adapter(1))
     submit(fed, "b", adapter(2))

@@ -292,6 +292,8 @@ def test_over_grpc(tmp_path: Path) -> None:
         a.report(report("a"))
         until(lambda: by_name(a.status())["a"].report.steps == 7)
         assert a.status().state == "waiting for an edge server to propose version 0"
+        a.served_by("edge")
+        assert by_name(a.status())["a"].report.steps == 7, "of the process that has opened a session now"
         a.report(report("a", ended=True))
         until(lambda: by_name(a.status())["a"].presence == "stopped")
         a.join(join_request("a"))  # as its next process does, which may report nothing

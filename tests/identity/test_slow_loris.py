@@ -33,7 +33,7 @@ def half_open(halves: Halves, caller: int) -> Iterator[Requests]:
         yield Requests()
 
 
-@pytest.mark.parametrize("callers", [10, pytest.param(90, marks=pytest.mark.slow)])  # the server takes 100 connections
+@pytest.mark.parametrize("callers", [10, pytest.param(90, marks=pytest.mark.slow)])  # this server takes 100 connections
 def test_half_open_streams_are_ended_and_disturb_nobody(callers: int, tmp_path: Path) -> None:
     alone = Halves()
     session = alone.engine.open(alone.request("honest"), alone.initial)
@@ -68,6 +68,7 @@ def test_half_open_streams_are_ended_and_disturb_nobody(callers: int, tmp_path: 
             f"{len(calls)} half-open streams, {most} at a time, {dict(codes)} within {ended_s:.1f} s; {step} steps beside them,"
             f" the slowest {slowest_s:.2f} s"
         )
+        assert ended_s < 20 and slowest_s < 2, "far more than the limits, or a step beside nobody, take"
         assert codes["UNAVAILABLE"] == callers, "the one that was too many of each"
         assert codes["DEADLINE_EXCEEDED"] == callers * STREAMS
         deadline = time.monotonic() + 10
