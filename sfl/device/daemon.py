@@ -171,28 +171,25 @@ def _train(
     version_wait_s: float,
 ) -> None:
     """To the end of the run. Raises `Stopped` between two steps, with device and edge at a checkpoint if they come that far."""
-    progress, waits_since = iter(training), math.inf
-    while True:
-        with stop.held():
-            done = next(progress, None)
-            if stop.told and done is not None:
-                _pause(training, link)
-        if done is None:
-            return
-        if done is not Progress.WAITING:
-            waits_since = math.inf
-        else:  # the others' round may take all of its time, and the federation a while to answer
+    waits_since = math.inf
+    with stop.held():  # once for all steps: between two of them nothing is kept that came since the last checkpoint
+        for done in training:
+            if stop.told:
+                return _pause(training, link)
+            if done is not Progress.WAITING:
+                waits_since = math.inf
+                continue
+            # The others' round may take all of its time, and the federation a while to answer.
             waits_since = min(waits_since, time.monotonic())
             left = waits_since + version_wait_s - time.monotonic()
             try:
-                with phase("round"):
+                with phase("round"), stop.let_go():
                     federation.version(trainer.adapter.version + 1, min(left, _LOOK_S))
             except WaitedError as error:
                 if left <= _LOOK_S:
                     raise WaitedError(f"{error} after {version_wait_s:g} s in all") from error
             except Stopped:
-                with stop.held():
-                    _pause(training, link)
+                return _pause(training, link)
 
 
 def _pause(training: DeviceRun, link: GrpcEdgeLink) -> None:

@@ -47,6 +47,22 @@ def test_a_step_is_finished_first(number: signal.Signals) -> None:
     assert done == ["step"]
 
 
+def test_a_wait_inside_ends_at_once_and_what_holds_it_comes_to_its_end() -> None:
+    done = []
+    started = time.monotonic()
+    with StopSignal() as stop, pytest.raises(Stopped):
+        with stop.held():
+            tell_later()
+            with pytest.raises(Stopped), stop.let_go():
+                time.sleep(10)
+            done.append("kept")
+            with pytest.raises(Stopped), stop.let_go():
+                done.append("another wait")
+            done.append("held again")
+        done.append("another step")
+    assert done == ["kept", "held again"] and time.monotonic() - started < 2
+
+
 def test_a_step_that_takes_too_long_is_not() -> None:
     started = time.monotonic()
     with StopSignal(grace_s=0.1) as stop, pytest.raises(Stopped), stop.held():
